@@ -1,0 +1,109 @@
+"""Causal attention over samples that lie end to end, without padding and without a dense mask."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+
+class SampleLengths:
+    """How a row of tokens is cut into samples. Made once a forward pass, used by every layer.
+
+    Args:
+        lengths: tokens in each sample, in order. Their sum is the number of tokens.
+        device: where the tokens are.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.longest = max(lengths)
+        self.uniform = all(length == lengths[0] for length in lengths)
+        self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleLengths) -> Tensor:
+    """Softmax(q k^T / sqrt(head_dim)) v within each sample, causally; grouped-query where there are fewer key heads.
+
+    On CUDA in half precision this is one variable-length flash kernel; elsewhere one `scaled_dot_product_attention`
+    a sample (or one for all where their lengths are equal). No token attends across a sample's border.
+
+    Args:
+        query: (tokens, num_heads, head_dim).
+        key, value: (tokens, num_key_value_heads, head_dim), same dtype.
+        samples: how the tokens are cut; the lengths add up to `tokens`.
+
+    Returns:
+        (tokens, num_heads, head_dim).
+    """
+    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        longest, bounds = samples.longest, samples.cu_seqlens
+        groups = query.size(1) // key.size(1)
+        if groups > 1:  # torch 2.11's kernel wants as many key as query heads when gradients are needed
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+    if samples.uniform:
+        shape = (len(samples.lengths), samples.longest)
+        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))  # (samples, heads, seq, .)
+        return _sdpa(q, k, v).transpose(1, 2).flatten(0, 1)
+    parts = zip(*(t.transpose(0, 1).split(samples.lengths, dim=1) for t in (query, key, value)), strict=True)
+    attended = [_sdpa(q[None], k[None], v[None])[0] for q, k, v in parts]  # each (heads, seq, head_dim)
+    return torch.cat(attended, dim=1).transpose(0, 1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.size(1) != key.size(1))
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once.
+
+    `keys` and `values` are (num_layers, batch, num_key_value_heads, max_seq_length, head_dim) in the model's dtype;
+    `length` is how many positions hold something.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.keys.size(3)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the new tokens' keys and values behind those of the `length` tokens before, and attend to all.
+
+        `length` itself moves on once a forward pass, after the last layer.
+
+        Args:
+            layer: which layer's cache.
+            query: (batch, num_heads, new, head_dim).
+            key, value: (batch, num_key_value_heads, new, head_dim).
+
+        Returns:
+            (batch, num_heads, new, head_dim).
+
+        Raises:
+            ValueError: more tokens than the cache was made for.
+        """
+        new = query.size(2)
+        end = self.length + new
+        if end > self.max_seq_length:
+            raise ValueError(f"{end} tokens do not fit into a KV cache of {self.max_seq_length}")
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        grouped = query.size(1) != key.size(1)
+        if self.length == 0:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        key, value = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        # the i-th new token sees everything up to itself; a single one sees all and needs no mask
+        mask = None if new == 1 else torch.ones(new, end, dtype=torch.bool, device=query.device).tril(self.length)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)

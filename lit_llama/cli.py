@@ -1,0 +1,46 @@
+"""What every script's command line has in common: flags from a typed `main`, and errors in one line."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from jsonargparse import CLI, ArgumentParser
+
+from lit_llama.errors import UserError
+
+
+class OneLineParser(ArgumentParser):
+    """A parser that says what is wrong with a call in one line and exits with status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        reason = " ".join(str(message).split())
+        print(f"error: {reason} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(main: Callable) -> None:
+    """Call `main` with the command line's flags; its signature and docstring declare them.
+
+    A mistake of the user's ends in one line on stderr: exit status 2 for a wrong call, 1 for anything else,
+    130 for Ctrl-C. A bug keeps its traceback.
+    """
+    try:
+        CLI(main, as_positional=False, parser_class=OneLineParser)
+    except UserError as error:
+        _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        hint = "lower --train.micro_batch_tokens or --max_new_tokens"
+        _fail(f"the GPU's memory is used up ({str(error).splitlines()[0]}); {hint}")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.filename or 'writing'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1) from None

@@ -1,0 +1,199 @@
+"""What a LLaMA is made of: the fields of Hugging Face's `config.json`, under their own names."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import UserError
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+LLAMA3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+
+@dataclass
+class LLaMAConfig:
+    """The architecture of one model. Field names are those of `config.json`; defaults are LLaMA 7B's.
+
+    `rope_scaling` is None or a dictionary with `rope_type` "linear" (`factor`) or "llama3" (`factor`,
+    `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`).
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Fields of `config.json` that do not change the forward pass; written back by `save`."""
+
+    @classmethod
+    def from_name(cls, name: str) -> "LLaMAConfig":
+        """The published architecture called `name`, e.g. "7B" or "Llama-3.2-1B".
+
+        Raises:
+            UserError: the name is not known; the message lists those that are.
+        """
+        if name not in NAMED_CONFIGS:
+            raise UserError(f"unknown model name {name!r}. Known: {', '.join(NAMED_CONFIGS)}")
+        sizes = NAMED_CONFIGS[name]
+        heads = sizes["num_attention_heads"]
+        derived = dict(num_key_value_heads=heads, head_dim=sizes["hidden_size"] // heads)
+        return cls(**(derived | sizes))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: str | Path) -> "LLaMAConfig":
+        """Read `config.json` of a Hugging Face model folder.
+
+        Raises:
+            UserError: no such folder or file, not JSON, a model type, activation, rope kind or sliding window that
+                this code does not compute, or a field that is missing or of the wrong type.
+        """
+        folder = Path(checkpoint_dir)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: no config.json there. Download a model first: "
+                "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+            )
+        raw = read_json(path)
+        if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
+            known = ", ".join(SUPPORTED_MODEL_TYPES)
+            raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported. Supported: {known}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, LLaMA's MLP uses 'silu'")
+        if raw.get("sliding_window") is not None:
+            raise UserError(f"{path}: sliding_window {raw['sliding_window']!r} is not supported, full attention is")
+
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in raw:
+                raise UserError(f"{path}: the field {key!r} is missing. Download this file of the model again")
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        for name, kind in FIELD_TYPES.items():
+            value = values.get(name, kind())
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)):
+                raise UserError(f"{path}: the field {name!r} should be {kind.__name__}, not {value!r}")
+            if kind is int and name in values and value < 1:
+                raise UserError(f"{path}: the field {name!r} should be at least 1, not {value!r}")
+        heads = values["num_attention_heads"]
+        values.setdefault("num_key_value_heads", heads)
+        values.setdefault("head_dim", values["hidden_size"] // heads)
+        if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
+            raise UserError(
+                f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                f"{values['num_key_value_heads']}, or head_dim {values['head_dim']} is odd"
+            )
+        values["bos_token_id"], values["eos_token_id"] = raw.get("bos_token_id"), raw.get("eos_token_id")
+        # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: rope_scaling should be an object, not {rope!r}")
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        values["rope_scaling"] = _checked_rope_scaling(rope, path)
+        known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters"}
+        values["extra"] = {key: value for key, value in raw.items() if key not in known}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `config.json` that `transformers` and `from_checkpoint` read."""
+        values = dataclasses.asdict(self)
+        extra = values.pop("extra")
+        base = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        return base | extra | values
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write `config.json` into an existing folder."""
+        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All end-of-sequence token ids (`eos_token_id` may be one, several or none)."""
+        if self.eos_token_id is None:
+            return []
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+
+FIELD_TYPES = {f.name: f.type for f in dataclasses.fields(LLaMAConfig) if f.type in (int, float, bool)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8 JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Download or write this file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+def _checked_rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """`rope` without rope_theta, or None where positions are not scaled. Raises UserError for other kinds."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    required = {"default": [], "linear": ["factor"], "llama3": ["factor", *list(LLAMA3_ROPE)[1:]]}
+    if kind not in required:
+        raise UserError(f"{path}: rope type {kind!r} is not supported. Supported: {', '.join(required)}")
+    for key in required[kind]:
+        if not isinstance(rope.get(key), (int, float)) or isinstance(rope.get(key), bool) or rope[key] <= 0:
+            raise UserError(f"{path}: rope type {kind!r} needs a positive number {key!r}, found {rope.get(key)!r}")
+    return None if kind == "default" else {"rope_type": kind} | {key: rope[key] for key in required[kind]}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **other,
+    )
+
+
+_LLAMA2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
+_LLAMA3 = dict(rope_theta=500000.0, rms_norm_eps=1e-5, vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
+_LLAMA32 = _LLAMA3 | dict(
+    max_position_embeddings=131072, tie_word_embeddings=True, rope_scaling=LLAMA3_ROPE | {"factor": 32.0}
+)
+_SMOLLM2 = dict(
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    rope_theta=100000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+NAMED_CONFIGS: dict[str, dict[str, Any]] = {
+    "7B": _sizes(4096, 11008, 32, 32),
+    "13B": _sizes(5120, 13824, 40, 40),
+    "30B": _sizes(6656, 17920, 60, 52),
+    "65B": _sizes(8192, 22016, 80, 64, rms_norm_eps=1e-5),
+    "Llama-2-7B": _sizes(4096, 11008, 32, 32, **_LLAMA2),
+    "Llama-2-13B": _sizes(5120, 13824, 40, 40, **_LLAMA2),
+    "Llama-2-70B": _sizes(8192, 28672, 80, 64, num_key_value_heads=8, **_LLAMA2),
+    "Llama-3-8B": _sizes(4096, 14336, 32, 32, num_key_value_heads=8, max_position_embeddings=8192, **_LLAMA3),
+    "Llama-3.2-1B": _sizes(2048, 8192, 16, 32, num_key_value_heads=8, **_LLAMA32),
+    "Llama-3.2-3B": _sizes(3072, 8192, 28, 24, num_key_value_heads=8, **_LLAMA32),
+    "TinyLlama-1.1B": _sizes(2048, 5632, 22, 32, num_key_value_heads=4, rms_norm_eps=1e-5),
+    "SmolLM2-135M": _sizes(576, 1536, 30, 9, num_key_value_heads=3, **_SMOLLM2),
+    "SmolLM2-360M": _sizes(960, 2560, 32, 15, num_key_value_heads=5, **_SMOLLM2),
+    "SmolLM2-1.7B": _sizes(2048, 8192, 24, 32, **(_SMOLLM2 | dict(rope_theta=130000.0))),
+}

@@ -1,0 +1,190 @@
+"""LLaMA: Touvron et al. 2023 (arXiv 2302.13971), with Llama 2's grouped-query attention and Llama 3's RoPE scaling.
+
+What is special here:
+- module names are those of Hugging Face's checkpoints without the leading `model.`, and so are the weights' layouts:
+  RoPE rotates the two halves of a head (`q[:d/2]` with `q[d/2:]`), not neighbouring pairs as Meta's files do;
+- tokens of all samples lie end to end in one dimension; attention never crosses from one sample to the next;
+- nothing but parameters lives on the modules, so a model on the meta device needs only its weights to run.
+
+Read it downwards: `LLaMA`, `Block`, `Attention`, `MLP`, `RMSNorm`, RoPE.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_llama.attention import KVCache, SampleLengths, causal_attention
+from lit_llama.config import LLaMAConfig
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (tokens, 1, head_dim), fp32
+
+
+class LLaMA(nn.Module):
+    """Token ids in, logits out."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # a tied head is the embedding itself, not a second parameter that must be kept equal
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: list[int] | None = None,
+        positions: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        """Predict each token's successor.
+
+        Args:
+            input_ids: (batch, seq) or, for samples laid end to end, (tokens,), int64 or int32.
+            lengths: tokens in each sample, adding up to the number of tokens. Default: every row is one sample.
+            positions: (labels,) which tokens, counted over the flattened input, to compute logits for. Default: all.
+            kv_cache: what `make_kv_cache` returned; `input_ids` (batch, seq) continue the tokens already in it.
+
+        Returns:
+            logits in the compute dtype: (*input_ids.shape, vocab_size), or (labels, vocab_size) with `positions`.
+        """
+        rows, seq = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
+        samples = SampleLengths(lengths or [seq] * rows, input_ids.device)
+        offset = 0 if kv_cache is None else kv_cache.length
+        rope = rope_table(self.config, samples.positions + offset)
+        hidden_states = self.embed_tokens(input_ids.flatten())  # (tokens, hidden)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rope, samples, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length += seq
+        hidden_states = self.norm(hidden_states)
+        if positions is not None:
+            return self.head(hidden_states[positions])
+        return self.head(hidden_states).unflatten(0, input_ids.shape)
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden) -> logits (..., vocab_size)."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_states)
+        return F.linear(hidden_states, self.embed_tokens.weight)
+
+    def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
+        """An empty cache for `max_seq_length` tokens a row, on the model's device and in its dtype."""
+        c, weight = self.config, self.embed_tokens.weight
+        shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, max_seq_length, c.head_dim)
+        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LLaMAConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, samples, kv_cache)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LLaMAConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, hidden, bias=bias)
+
+    def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
+        query, key, value = self.project(hidden_states, rope)
+        return self.o_proj(self.attend(query, key, value, samples, kv_cache).flatten(1))
+
+    def project(self, hidden_states: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, hidden) -> rotated query (tokens, heads, head_dim), rotated key, value (tokens, kv heads, .)."""
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return apply_rope(query, rope), apply_rope(key, rope), value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, samples: SampleLengths, kv_cache: KVCache | None
+    ) -> Tensor:
+        """What `project` gave -> (tokens, num_heads, head_dim)."""
+        if kv_cache is None:
+            return causal_attention(query, key, value, samples)
+        shape = (len(samples.lengths), samples.longest)
+        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))  # (batch, heads, seq, head_dim)
+        return kv_cache.attend(self.index, q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
+        # rounded before the weight, as the models were trained
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
+    """Cosines and sines of the rotary angles (Su et al. 2021, arXiv 2104.09864, eq. 15), the two halves alike.
+
+    Args:
+        positions: (tokens,) each token's place in its sample.
+
+    Returns:
+        cos, sin: each (tokens, 1, head_dim), fp32. Angles are taken in fp32 whatever the model's dtype: in bf16,
+        position 257 would already be 256.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":  # position interpolation, arXiv 2306.15595
+        inv_freq = inv_freq / scaling["factor"]
+    elif scaling.get("rope_type") == "llama3":
+        # Llama 3.1: long waves are slowed by `factor`, short ones are kept, those between are blended
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        waves = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        keep = ((waves - low) / (high - low)).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+    angles = positions[:, None].float() * inv_freq  # (tokens, head_dim / 2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate (tokens, heads, head_dim) by its tokens' angles; the result has x's dtype."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)

@@ -1,0 +1,149 @@
+"""Text to token ids and back, from a checkpoint folder's own `tokenizer.json` or SentencePiece `tokenizer.model`."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_llama.config import read_json
+from lit_llama.errors import UserError
+
+# Put into the spelling of a special token that stands in somebody's text, so that a template's own ones remain the
+# only ones; a noncharacter of Unicode, which no text should hold. `Tokenizer.protect` adds it, `encode` drops it.
+_MARK = "\ufdd1"
+
+
+class Tokenizer:
+    """`tokenizer.json` through `tokenizers`, or `tokenizer.model` through `sentencepiece`.
+
+    Attributes:
+        bos_id, eos_id: from the folder's files, None where it has none.
+        adds_bos: whether the model was trained with BOS in front of its text.
+        vocab_size: one more than the highest token id.
+        specials: special tokens (BOS, EOS, `<|im_end|>`...) and their ids.
+        chat_template: the folder's Jinja template, or None.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path) -> None:
+        """Raises UserError where the folder has no tokenizer or a damaged one."""
+        folder = Path(checkpoint_dir)
+        self.processor = self.backend = None
+        try:
+            if (folder / "tokenizer.json").is_file():
+                from tokenizers import Tokenizer as Backend
+
+                self.path = folder / "tokenizer.json"
+                self.backend = Backend.from_file(str(self.path))
+                added = self.backend.get_added_tokens_decoder()
+                self.specials = {token.content: index for index, token in added.items() if token.special}
+                self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+                # text is text: only `encode(..., special=True)` looks for special tokens, and does so itself
+                self.backend.encode_special_tokens = True
+            elif (folder / "tokenizer.model").is_file():
+                from sentencepiece import SentencePieceProcessor
+
+                self.path = folder / "tokenizer.model"
+                self.processor = SentencePieceProcessor(model_file=str(self.path))
+                sp = self.processor
+                self.vocab_size = sp.vocab_size()
+                self.specials = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+            else:
+                raise UserError(
+                    f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: "
+                    "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+                )
+        except UserError:
+            raise
+        except Exception as error:  # both libraries raise bare Exception and RuntimeError
+            raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
+
+        options = _json_or_empty(folder / "tokenizer_config.json")
+        config = _json_or_empty(folder / "config.json")
+        self.bos_id = self._id_of(options.get("bos_token"), config.get("bos_token_id"), "bos_id")
+        self.eos_id = self._id_of(options.get("eos_token"), config.get("eos_token_id"), "eos_id")
+        if "add_bos_token" in options:
+            self.adds_bos = bool(options["add_bos_token"]) and self.bos_id is not None
+        elif self.backend is not None:
+            self.adds_bos = self.bos_id is not None and self.bos_id in self.backend.encode("a").ids[:1]
+        else:
+            self.adds_bos = self.bos_id is not None
+        jinja_file = folder / "chat_template.jinja"
+        self.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else options.get("chat_template")
+        if isinstance(self.chat_template, list):  # several named ones
+            named = {entry.get("name"): entry.get("template") for entry in self.chat_template}
+            self.chat_template = named.get("default")
+        spellings = sorted(self.specials, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, spellings)) + ")") if spellings else None
+
+    def _id_of(self, token: str | dict | None, fallback: int | list | None, attribute: str) -> int | None:
+        """A token's id from tokenizer_config.json's spelling, else config.json's id, else SentencePiece's own."""
+        spelling = token.get("content") if isinstance(token, dict) else token
+        if isinstance(spelling, str):
+            index = self.backend.token_to_id(spelling) if self.backend else self.specials.get(spelling)
+            if index is not None:
+                return index
+        if self.processor is not None and getattr(self.processor, attribute)() >= 0:
+            return getattr(self.processor, attribute)()
+        return fallback[0] if isinstance(fallback, list) and fallback else fallback if fallback != [] else None
+
+    def encode(self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: a special token's spelling in it is encoded as the characters that it is, unless `special`.
+            bos: put BOS in front. Default: as the model was trained (`adds_bos`).
+            eos: put EOS behind.
+            special: for a rendered prompt template: special tokens in it are meant, except in what `protect` returned.
+
+        Raises:
+            UserError: the text holds a lone surrogate, which no encoding has; or BOS or EOS is asked for where the
+                folder defines none.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text holds a lone surrogate at character {error.start}: not valid Unicode") from None
+        ids: list[int] = []
+        parts = self._special_pattern.split(text) if special and self._special_pattern else [text]
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(self.specials[part])
+            elif part:
+                ids.extend(self._encode_plain(part.replace(_MARK, "") if special else part))
+        if self.adds_bos if bos is None else bos:
+            if self.bos_id is None:
+                raise UserError(f"{self.path}: the tokenizer has no BOS token")
+            if ids[:1] != [self.bos_id]:  # a chat template may spell it out
+                ids.insert(0, self.bos_id)
+        if eos:
+            if self.eos_id is None:
+                raise UserError(f"{self.path}: the tokenizer has no EOS token")
+            ids.append(self.eos_id)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self.processor is not None:
+            return self.processor.encode(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def protect(self, text: str) -> str:
+        """Text for a slot of a prompt template: special tokens' spellings in it stay text in `encode(special=True)`."""
+        if self._special_pattern is None:
+            return text
+        return self._special_pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        ids = [int(index) for index in ids]
+        if self.processor is not None:
+            return self.processor.decode([index for index in ids if index < self.vocab_size])
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokenizer file: prepared data and model must agree on it."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def _json_or_empty(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,37 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
+HUB = ["huggingface_hub>=0.30"]
+GGUF = ["gguf>=0.17"]
+
+setup(
+    name="lit-llama",
+    version=VERSION,
+    description="A readable LLaMA and the methods to finetune it on the GPU you have",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["lit_llama"],
+    install_requires=[
+        "torch>=2.10",
+        "lightning>=2.5,!=2.6.2,!=2.6.3",
+        "jsonargparse[signatures]>=4.37",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "hub": HUB,
+        "gguf": GGUF,
+        "quickstart": GGUF,
+        "test": [*HUB, *GGUF, "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=4.56"],
+    },
+)
