@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -229,15 +229,27 @@ def new_folder(folder: str | Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_file(file: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, flush it and rename it to `file`: readers see the old one or the new one."""
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        flush(temporary)
+        temporary.replace(file)
+        flush(file.parent, recurse=False)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def check_new_folder(folder: Path, replace: bool = False) -> None:
     """Raise UserError unless a result may be written to `folder`: it is absent, empty, or may be replaced."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not replace)):
         raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
 
 
-def flush(folder: Path, recurse: bool = True) -> None:
-    """fsync a folder, and with `recurse` everything in it, so that a rename cannot come before its contents."""
-    for path in [*(folder.rglob("*") if recurse else ()), folder]:
+def flush(path: Path, recurse: bool = True) -> None:
+    """fsync a file or a folder, and with `recurse` everything in it, so that a rename comes after its contents."""
+    for path in [*(path.rglob("*") if recurse else ()), path]:  # noqa: B020
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,13 +1,16 @@
 """What every script's command line has in common: flags from a typed `main`, and errors in one line."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-from jsonargparse import CLI, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from lit_llama.errors import UserError
+
+_flags = ""
 
 
 class OneLineParser(ArgumentParser):
@@ -25,8 +28,16 @@ def run(main: Callable) -> None:
     A mistake of the user's ends in one line on stderr: exit status 2 for a wrong call, 1 for anything else,
     130 for Ctrl-C. A bug keeps its traceback.
     """
+    global _flags
+    parser = OneLineParser(description=inspect.getdoc(main).split("\n\nArgs:")[0], default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with flags; --print_config shows one.")
+    parser.add_function_arguments(main, as_group=False)
     try:
-        CLI(main, as_positional=False, parser_class=OneLineParser)
+        flags = parser.parse_args()
+        _flags = parser.dump(flags)
+        arguments = parser.instantiate(flags).as_dict()
+        arguments.pop("config")
+        main(**arguments)
     except UserError as error:
         _fail(str(error))
     except torch.OutOfMemoryError as error:
@@ -39,6 +50,11 @@ def run(main: Callable) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def used_flags() -> str:
+    """YAML of every flag of the command line that `run` read, defaults included; `--config` takes it back."""
+    return _flags
 
 
 def _fail(message: str) -> NoReturn:

@@ -10,14 +10,18 @@ Read it downwards: `LLaMA`, `Block`, `Attention`, `MLP`, `RMSNorm`, RoPE.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_llama.attention import KVCache, SampleLengths, causal_attention
 from lit_llama.config import LLaMAConfig
 
+LOSS_CHUNK = 256  # labels whose logits, (256, vocab_size) in fp32, are in memory at a time
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (tokens, 1, head_dim), fp32
 
 
@@ -39,6 +43,7 @@ class LLaMA(nn.Module):
         input_ids: Tensor,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
+        labels: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
         """Predict each token's successor.
@@ -47,6 +52,7 @@ class LLaMA(nn.Module):
             input_ids: (batch, seq) or, for samples laid end to end, (tokens,), int64 or int32.
             lengths: tokens in each sample, adding up to the number of tokens. Default: every row is one sample.
             positions: (labels,) which tokens, counted over the flattened input, to compute logits for. Default: all.
+            labels: (labels,) the successors at `positions`. The result is then the cross entropy summed over them, fp32.
             kv_cache: what `make_kv_cache` returned; `input_ids` (batch, seq) continue the tokens already in it.
 
         Returns:
@@ -62,6 +68,8 @@ class LLaMA(nn.Module):
         if kv_cache is not None:
             kv_cache.length += seq
         hidden_states = self.norm(hidden_states)
+        if labels is not None:
+            return self.cross_entropy_sum(hidden_states[positions], labels)
         if positions is not None:
             return self.head(hidden_states[positions])
         return self.head(hidden_states).unflatten(0, input_ids.shape)
@@ -71,6 +79,15 @@ class LLaMA(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         return F.linear(hidden_states, self.embed_tokens.weight)
+
+    def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """(labels, hidden), (labels,) -> scalar. A chunk's logits live only while it is computed, forward or back."""
+
+        def chunk_loss(hidden_states: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(hidden_states).float(), labels, reduction="sum")
+
+        chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+        return torch.stack([recompute(chunk_loss, *chunk) for chunk in chunks]).sum()
 
     def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
         """An empty cache for `max_seq_length` tokens a row, on the model's device and in its dtype."""
@@ -139,7 +156,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(recompute(swiglu, gate, up))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
@@ -151,9 +173,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
-        # rounded before the weight, as the models were trained
-        return self.weight * normed.to(hidden_states.dtype)
+        return recompute(rms_norm, hidden_states, self.weight, self.eps)
+
+
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps)
+    return weight * normed.to(hidden_states.dtype)  # rounded before the weight, as the models were trained
+
+
+def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, computed again in the backward pass: for what is cheaper to compute than to keep in memory."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:

@@ -1,0 +1,45 @@
+"""Finetune a LLaMA with LoRA. Guide: howto/finetune_lora.md"""
+
+from pathlib import Path
+
+from lit_llama import load_model
+from lit_llama.cli import run, used_flags
+from lit_llama.lora import LoRAConfig, apply_lora, save_lora
+from lit_llama.training import TrainArgs, fit, start_run
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
+    data_dir: Path = Path("data/alpaca"),
+    out_dir: Path = Path("out/lora/alpaca"),
+    devices: int = 1,
+    num_nodes: int = 1,
+    precision: str = "bf16-mixed",
+    seed: int = 1337,
+    resume: bool = False,
+    lora: LoRAConfig = LoRAConfig(),
+    train: TrainArgs = TrainArgs(),
+) -> None:
+    """Finetune a LLaMA with LoRA on a prepared set. Guide: howto/finetune_lora.md
+
+    Args:
+        checkpoint_dir: the model folder.
+        data_dir: the prepared set, from scripts/prepare_*.py.
+        out_dir: where the LoRA, metrics.csv and checkpoints go.
+        devices: GPUs a node, or processes on the CPU.
+        num_nodes: machines.
+        precision: bf16-mixed (frozen weights bf16, trained ones fp32) or 32-true.
+        seed: of everything random: the LoRA's start, the samples' order, dropout.
+        resume: go on from the newest checkpoint in out_dir.
+        lora: the method.
+        train: the recipe.
+    """
+    flags = used_flags()
+    job = start_run(checkpoint_dir, data_dir, out_dir, devices, num_nodes, precision, seed, resume, flags)
+    model = load_model(checkpoint_dir, job.fabric.device, job.weight_dtype)
+    apply_lora(model, lora)
+    fit(job, model, train, lambda folder: save_lora(model, folder, lora, str(checkpoint_dir), job.template))
+
+
+if __name__ == "__main__":
+    run(main)

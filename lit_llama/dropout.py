@@ -1,0 +1,62 @@
+"""Dropout that does not depend on how samples are cut into micro-batches or spread over devices.
+
+The usual dropout draws its mask by a tensor's layout, so another micro-batch size gives another loss curve. Here a
+token's mask follows from the seed, the step, the sample and the token's place in it. Rows of 4,096 random masks are
+drawn once; each sample starts at a row of its own and walks down, so a step costs a gather and no random numbers.
+"""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 4096
+_rows: Tensor | None = None  # (tokens,) int64: the mask row of each token of the current micro-batch
+
+
+class TokenDropout(nn.Module):
+    """Zeroes features with probability `p` in training and scales the rest by 1 / (1 - p).
+
+    Inside `token_rows` a token's mask is the same whatever lies beside it; elsewhere this is `F.dropout`.
+
+    Args:
+        p: probability, in [0, 1).
+        name: of the module it stands in; modules of different names get different masks.
+    """
+
+    def __init__(self, p: float, name: str) -> None:
+        super().__init__()
+        self.p = p
+        self.salt = zlib.crc32(name.encode())
+
+    def forward(self, x: Tensor) -> Tensor:  # (tokens, features) -> the same
+        if not self.training or self.p == 0.0:
+            return x
+        if _rows is None:
+            return F.dropout(x, self.p)
+        keep = _keep_table(self.p, x.size(-1), x.dtype, x.device)
+        return x * keep[(_rows + self.salt) % ROWS] * (1 / (1 - self.p))
+
+
+@contextmanager
+def token_rows(seed: int, step: int, sample_ids: list[int], lengths: list[int], device: torch.device) -> Iterator[None]:
+    """Name the samples of the micro-batch that goes through the model (and back) inside the block."""
+    global _rows
+    firsts = [hash((seed, step, index)) % ROWS for index in sample_ids]  # integers hash alike in every process
+    rows = [torch.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+    _rows = torch.cat(rows).to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        _rows = None
+
+
+@lru_cache(maxsize=8)
+def _keep_table(p: float, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(ROWS, features) of zeros (with probability p) and ones."""
+    uniform = torch.rand(ROWS, features, generator=torch.Generator().manual_seed(features))
+    return (uniform >= p).to(device=device, dtype=dtype)

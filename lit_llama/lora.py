@@ -1,0 +1,241 @@
+"""LoRA: Hu et al. 2021, arXiv 2106.09685. Files are in the format of Hugging Face PEFT, both ways."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_llama.checkpoint import open_safetensors, write_file
+from lit_llama.config import read_json
+from lit_llama.dropout import TokenDropout
+from lit_llama.errors import UserError
+from lit_llama.model import LLaMA, recompute
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adaptation.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability of dropping an input feature of the update, in training.
+        targets: names of the linear layers to adapt, as a list: ["q_proj", "v_proj"]. Any of q_proj, k_proj, v_proj,
+            o_proj, gate_proj, up_proj, down_proj, lm_head.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"--lora.r {self.r}: should be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--lora.dropout {self.dropout}: should be from 0 to less than 1")
+        if self.alpha <= 0:
+            raise UserError(f"--lora.alpha {self.alpha}: should be more than 0")
+        self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + alpha / r * dropout(x) A^T B^T  (section 4.1).
+
+    A starts Kaiming-uniform with a = sqrt(5) and B at zero, so that at first y = base(x). `base` is frozen; A and B are
+    fp32 and computed with in x's dtype.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = alpha / r
+        self.dropout = TokenDropout(dropout, name)
+        place = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, **place)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, **place)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        return self.base(x) + recompute(self.update, x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """The low-rank term alone."""
+        low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
+        return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
+
+    def merged(self) -> nn.Linear:
+        """The plain layer with W' = W + alpha / r * B A, computed in fp32 and rounded once."""
+        update = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        weight = (self.base.weight.float() + update).to(self.base.weight.dtype)
+        self.base.weight = nn.Parameter(weight.detach(), requires_grad=False)  # never in place: it may be a mapped file
+        return self.base
+
+
+def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
+    """Put a `LoRALinear` around each target layer, in place, and freeze everything else of the base.
+
+    Raises:
+        UserError: a target matches no linear layer.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.targets:
+        if not any(_matches(name, target) for name in linears):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+            raise UserError(f"--lora.targets: no linear layer is called {target!r}. There are: {known}")
+    freeze_base(model)
+    for name, linear in linears.items():
+        if any(_matches(name, target) for target in config.targets):
+            _replace(model, name, LoRALinear(linear, config.r, config.alpha, config.dropout, name))
+
+
+def freeze_base(model: LLaMA) -> None:
+    """Switch off gradients of the LLaMA's own weights, not of what methods have added to it."""
+    with torch.device("meta"):
+        own = {name for name, _ in LLaMA(model.config).named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name.replace(".base.", ".") in own:
+            parameter.requires_grad_(False)
+
+
+def merge_lora(model: LLaMA) -> None:
+    """Add every LoRA to its base weight and take the LoRA modules out, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            _replace(model, name, module.merged())
+
+
+def save_lora(model: LLaMA, path: str | Path, config: LoRAConfig, base_model: str = "", template: str = "") -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) as PEFT does.
+
+    Args:
+        path: the folder; made if absent.
+        base_model: the base's folder or hub name, for `base_model_name_or_path`.
+        template: the prompt template of the training; goes into the safetensors header, where
+            `lora_template` finds it.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _peft_name(name): parameter.detach().float().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    if not tensors:
+        raise ValueError("the model has no LoRA; call apply_lora first")
+    settings = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+    )
+    metadata = {"format": "pt", "template": template}
+    write_file(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata))
+    write_file(path / CONFIG_FILE, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
+
+
+def lora_template(path: str | Path) -> str | None:
+    """The prompt template that a LoRA was trained with, None where its file does not say (PEFT's do not)."""
+    with open_safetensors(Path(path) / WEIGHTS_FILE) as handle:
+        return (handle.metadata() or {}).get("template") or None
+
+
+def lora_base(path: str | Path) -> Path:
+    """The folder of the base model that a LoRA names. Raises UserError where it is not on this machine."""
+    base = read_lora_settings(Path(path)).get("base_model_name_or_path")
+    for folder in (base, f"checkpoints/{base}"):
+        if base and Path(folder).is_dir():
+            return Path(folder)
+    raise UserError(f"{path}: its base model {base!r} is no folder here. Give the base with --checkpoint_dir")
+
+
+def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
+    """Put a saved LoRA (ours or PEFT's) around a model's layers, in place.
+
+    Ranks and layers follow from the tensors in the file, so PEFT's `rank_pattern`, `layers_to_transform` and regular
+    expressions need no reading.
+
+    Raises:
+        UserError: no LoRA there, it was made for another model, or it uses something that is not supported.
+    """
+    path = Path(path)
+    settings = read_lora_settings(path)
+    with open_safetensors(path / WEIGHTS_FILE) as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, it is no dictionary
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    for stored in names:
+        name = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
+        pair = [tensors.pop(f"{stored}.lora_{side}.weight", None) for side in "AB"]
+        if name not in linears or None in pair:
+            raise UserError(f"{path}: has a LoRA for {stored}, the model has no such layer. It is for another model")
+        linear, r = linears[name], pair[0].size(0)
+        shapes = [(r, linear.in_features), (linear.out_features, r)]
+        if [tuple(tensor.shape) for tensor in pair] != shapes:
+            found = " and ".join(str(tuple(tensor.shape)) for tensor in pair)
+            raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {shapes[0]} and {shapes[1]}")
+        alpha = _pattern(settings, "alpha_pattern", name, settings["lora_alpha"])
+        lora = LoRALinear(linear, r, alpha, settings.get("lora_dropout", 0.0), name)
+        with torch.no_grad():
+            lora.lora_A.weight.copy_(pair[0])
+            lora.lora_B.weight.copy_(pair[1])
+        _replace(model, name, lora.train(model.training))
+    if tensors:
+        raise UserError(f"{path}: holds tensors that are no LoRA of a linear layer: {', '.join(sorted(tensors)[:3])}")
+    freeze_base(model)
+    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
+
+
+def read_lora_settings(path: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a LoRA folder, checked for what is supported. Raises UserError."""
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one: python finetune/lora.py --out_dir {path}")
+    file = path / CONFIG_FILE
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
+    for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"):
+        if settings.get(key):
+            raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
+    if settings.get("bias", "none") != "none":
+        raise UserError(f"{file}: bias {settings['bias']!r} is not supported, only 'none'")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
+            raise UserError(f"{file}: {key} should be a positive number, is {settings.get(key)!r}")
+    return settings
+
+
+def _pattern(settings: dict[str, Any], key: str, name: str, default: float) -> float:
+    """PEFT's per-layer override: a dictionary of name endings."""
+    patterns = settings.get(key) or {}
+    return next((value for ending, value in patterns.items() if _matches(name, ending)), default)
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _peft_name(name: str) -> str:
+    return PEFT_PREFIX + (name if name.startswith("lm_head.") else f"model.{name}")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

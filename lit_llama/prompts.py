@@ -1,0 +1,148 @@
+"""Prompt templates: from a record to the text that the model reads before it answers, and the token that ends it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lit_llama.errors import UserError
+from lit_llama.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]
+"""Turns of a conversation: `role` ("system", "user" or "assistant"), `content`, and for Alpaca records `input`."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """`render(messages)` is the prompt up to where the answer starts; `end`, the special token that ends an answer."""
+
+    name: str
+    render: Callable[[Messages], str]
+    end: str | None = None  # None: the tokenizer's EOS
+
+
+def get_template(name: str, tokenizer: Tokenizer) -> Template:
+    """The template called `name`: "alpaca", "chatml", "llama3", "chat" (the checkpoint folder's own) or "none".
+
+    Raises:
+        UserError: unknown, or the tokenizer lacks what the template is made of.
+    """
+    if name == "chat":
+        return _folder_template(tokenizer)
+    if name not in TEMPLATES:
+        raise UserError(f"unknown template {name!r}. Known: {', '.join(TEMPLATES)}, chat (the model folder's own)")
+    template = TEMPLATES[name]
+    if template.end is not None and template.end not in tokenizer.specials:
+        raise UserError(f"template {name!r} needs the special token {template.end}, which {tokenizer.path} lacks")
+    return template
+
+
+def encode_prompt(template: Template, tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Token ids of the prompt for an answer to `messages`, BOS included where the model was trained with one.
+
+    Special tokens come from the template alone: spelled out in a message they stay text.
+    """
+    safe = [{key: value if key == "role" else tokenizer.protect(value) for key, value in m.items()} for m in messages]
+    return tokenizer.encode(template.render(safe), special=True)
+
+
+def stop_ids(template: Template, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:
+    """All token ids that end an answer; the first one is what training puts behind a response.
+
+    Raises:
+        UserError: there is none.
+    """
+    end = tokenizer.specials[template.end] if template.end is not None else tokenizer.eos_id
+    ids = dict.fromkeys(index for index in [end, tokenizer.eos_id, *eos_token_ids] if index is not None)
+    if not ids:
+        raise UserError(f"{tokenizer.path}: no end-of-text token there, nor in config.json (eos_token_id)")
+    return list(ids)
+
+
+def _alpaca(messages: Messages) -> str:
+    """https://github.com/tatsu-lab/stanford_alpaca's prompt, with and without input."""
+    message = _only_user_message(messages, "alpaca")
+    if message.get("input"):
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{message['content']}\n\n### Input:\n{message['input']}\n\n### Response:"
+        )
+    return (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{message['content']}\n\n### Response:"
+    )
+
+
+def _none(messages: Messages) -> str:
+    """The text as it is."""
+    return content(_only_user_message(messages, "none"))
+
+
+def _chatml(messages: Messages) -> str:
+    """OpenAI's ChatML, which SmolLM2 and many others were tuned with."""
+    turns = [f"<|im_start|>{message['role']}\n{content(message)}<|im_end|>\n" for message in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def _llama3(messages: Messages) -> str:
+    """Llama 3's instruction format, from its model card."""
+    turns = [f"{_llama3_header(message['role'])}{content(message).strip()}<|eot_id|>" for message in messages]
+    return "<|begin_of_text|>" + "".join(turns) + _llama3_header("assistant")
+
+
+def _llama3_header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+TEMPLATES = {
+    "alpaca": Template("alpaca", _alpaca),
+    "chatml": Template("chatml", _chatml, "<|im_end|>"),
+    "llama3": Template("llama3", _llama3, "<|eot_id|>"),
+    "none": Template("none", _none),
+}
+
+
+def content(message: dict[str, str]) -> str:
+    """A message's text, with an Alpaca record's input behind its instruction."""
+    return f"{message['content']}\n\n{message['input']}" if message.get("input") else message["content"]
+
+
+def _only_user_message(messages: Messages, template: str) -> dict[str, str]:
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise UserError(
+            f"template {template!r} holds one instruction and no system message or earlier turns. "
+            "For conversations use --template chatml, llama3 or chat"
+        )
+    return messages[0]
+
+
+def _folder_template(tokenizer: Tokenizer) -> Template:
+    """The Jinja chat template of the checkpoint folder, run in a sandbox."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.path.parent}: has no chat template. Use --template alpaca, chatml, llama3 or none")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    spelling = {index: token for token, index in tokenizer.specials.items()}
+    tokens = dict(bos_token=spelling.get(tokenizer.bos_id, ""), eos_token=spelling.get(tokenizer.eos_id, ""))
+
+    def fail(reason: str) -> None:
+        raise TemplateError(reason)
+
+    environment.globals["raise_exception"] = fail
+
+    def render(messages: Messages, add_generation_prompt: bool = True) -> str:
+        turns = [{"role": message["role"], "content": content(message)} for message in messages]
+        try:
+            compiled = environment.from_string(tokenizer.chat_template)
+            return compiled.render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f"{tokenizer.path.parent}: its chat template failed ({error})") from None
+
+    # what the template puts behind an answer tells which token ends one
+    answer = "answer"
+    whole = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], False)
+    behind = whole.rpartition(answer)[2]
+    ends = sorted((behind.find(token), token) for token in tokenizer.specials if token in behind)
+    return Template("chat", render, ends[0][1] if ends else None)

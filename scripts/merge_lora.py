@@ -1,0 +1,31 @@
+"""Merge a LoRA into its base and write the result as a model folder. Guide: howto/finetune_lora.md"""
+
+from pathlib import Path
+
+from lit_llama import load_model
+from lit_llama.checkpoint import check_new_folder, save_checkpoint
+from lit_llama.cli import run
+from lit_llama.distributed import inference_dtype
+from lit_llama.lora import load_lora, lora_base, merge_lora
+
+
+def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, precision: str = "bf16-true") -> None:
+    """Merge a LoRA into its base and write the result as a Hugging Face model folder.
+
+    Args:
+        lora_path: the LoRA's folder, ours or PEFT's.
+        out_dir: where the model folder goes; must not exist.
+        checkpoint_dir: the base model's folder; default: the one that the LoRA names.
+        precision: bf16-true or 32-true, what the merged weights are saved in.
+    """
+    check_new_folder(out_dir)
+    base = checkpoint_dir or lora_base(lora_path)
+    model = load_model(base, dtype=inference_dtype(precision))
+    load_lora(model, lora_path)
+    merge_lora(model)
+    save_checkpoint(out_dir, model.config, dict(model.named_parameters()), base)
+    print(f"merged model in {out_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
