@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=["lit_llama"],
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "lightning>=2.5,!=2.6.2,!=2.6.3",
         "jsonargparse[signatures]>=4.37",
         "safetensors>=0.5",

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 
 class SampleLengths:
@@ -43,7 +39,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
     Returns:
         (tokens, num_heads, head_dim).
     """
-    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         longest, bounds = samples.longest, samples.cu_seqlens
         groups = query.size(1) // key.size(1)
         if groups > 1:  # torch 2.11's kernel wants as many key as query heads when gradients are needed

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,8 @@ from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
 )
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -32,15 +28,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 def load_model(
     checkpoint_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> LLaMA:
-    """A LLaMA with a checkpoint folder's weights, frozen, in eval mode.
+    """A LLaMA with the weights of a Hugging Face model folder, rounded to `dtype`, on `device`, frozen, in eval mode.
 
-    Each tensor goes from the memory-mapped file into place; nothing is read twice. Where the file already holds
-    `dtype` and the device is the CPU, the mapped pages themselves are the weights.
-
-    Args:
-        checkpoint_dir: a Hugging Face model folder of the LLaMA family.
-        device: where the weights go.
-        dtype: what they are rounded to.
+    Each tensor goes from the memory-mapped file into place. Where the file already holds `dtype` and the device is
+    the CPU, the mapped pages themselves are the weights.
 
     Raises:
         UserError: the folder, its config or its weights are missing, damaged or do not belong together.
@@ -50,10 +41,10 @@ def load_model(
         model = LLaMA(config)
     source = WeightFiles(checkpoint_dir)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    surplus = source.names - wanted.keys() - {"lm_head.weight"}  # some tied checkpoints store the head all the same
+    surplus = source.places.keys() - wanted.keys() - {"lm_head.weight"}  # some tied checkpoints store the head too
     if surplus:
         raise UserError(f"{checkpoint_dir}: {_some(surplus)} in the weights but not in config.json's model")
-    missing = wanted.keys() - source.names
+    missing = wanted.keys() - source.places.keys()
     if missing:
         raise UserError(f"{checkpoint_dir}: the weights lack {_some(missing)}. Download the folder again")
     for name, shape in wanted.items():
@@ -62,71 +53,62 @@ def load_model(
             raise UserError(f"{checkpoint_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
         if not tensor.is_floating_point():
             raise UserError(f"{checkpoint_dir}: {name} holds {tensor.dtype}; quantized checkpoints are not supported")
-        assign_parameter(model, name, tensor.to(device=device, dtype=dtype))
+        module, _, leaf = name.rpartition(".")
+        weight = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(model.get_submodule(module), leaf, weight)
     return model.eval()
 
 
-def assign_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the frozen parameter `name` ("layers.0.mlp.up_proj.weight") of `model`."""
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
 class WeightFiles:
-    """The tensors of a folder, by our names (Hugging Face's without `model.`), read one at a time."""
+    """The tensors of a folder, read one at a time. `places`: our name (without `model.`) -> file and name in it."""
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        self.folder = Path(checkpoint_dir)
-        self.places: dict[str, tuple[Path, str]] = {}  # our name -> file, the name in it
-        for index, single in (
-            ("model.safetensors.index.json", "model.safetensors"),
-            ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-        ):
-            if (self.folder / index).is_file():
-                files = self._files_of_index(self.folder / index)
-            elif (self.folder / single).is_file():
-                files = [self.folder / single]
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.bins: dict[Path, dict[str, Tensor]] = {}
+        folder = Path(checkpoint_dir)
+        for single in ("model.safetensors", "pytorch_model.bin"):
+            if (folder / f"{single}.index.json").is_file():
+                files = _files_of_index(folder / f"{single}.index.json")
+            elif (folder / single).is_file():
+                files = [folder / single]
             else:
                 continue
-            self.bins = {file: load_pickled(file) for file in files} if single.endswith(".bin") else {}
             for file in files:
-                for name in self._names(file):
-                    if not name.endswith("rotary_emb.inv_freq"):  # old exports hold this; it follows from the config
-                        self.places[name.removeprefix("model.")] = (file, name)
-            break
-        else:
-            raise UserError(
-                f"{self.folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
-                "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-            )
-        self.names = set(self.places)
-
-    def _files_of_index(self, index: Path) -> list[Path]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
-        files = [self.folder / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if file.parent != self.folder:
-                raise UserError(f"{index}: names {file.relative_to(self.folder)}, which is outside this folder")
-            if not file.is_file():
-                raise UserError(f"{file}: missing, though {index.name} names it. Download the folder again")
-        return files
-
-    def _names(self, file: Path) -> list[str]:
-        if file in self.bins:
-            return list(self.bins[file])
-        with open_safetensors(file) as handle:
-            return list(handle.keys())
+                if file.suffix == ".bin":
+                    self.bins[file] = load_pickled(file)
+                    names = list(self.bins[file])
+                else:
+                    with open_safetensors(file) as handle:
+                        names = list(handle.keys())
+                # old exports hold inv_freq, which follows from the config
+                kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+                self.places |= {name.removeprefix("model."): (file, name) for name in kept}
+            return
+        raise UserError(
+            f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
+            "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+        )
 
     def read(self, name: str) -> Tensor:
-        """The tensor itself, on the CPU, memory-mapped where the format allows it."""
+        """The tensor itself, on the CPU, memory-mapped."""
         file, stored_name = self.places[name]
         if file in self.bins:
             return self.bins[file][stored_name]
         # opened anew for each tensor: pages of the tensors before are given back once those were copied
         with open_safetensors(file) as handle:
             return handle.get_tensor(stored_name)
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index}: names {name}, which is outside this folder")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: missing, though {index.name} names it. Download the folder again")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 @contextmanager
@@ -141,44 +123,35 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin`, `.pth` or `.ckpt`, memory-mapped where its format allows it.
+    """The tensors of a `.bin`, `.pth` or `.pt`, memory-mapped (but for the format of before torch 1.6).
 
     Raises:
         UserError: the file is damaged, or its pickle asks for code to be run (none is).
     """
     try:
-        try:
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            tensors = torch.load(file, map_location="cpu", weights_only=True)  # torch < 1.6 wrote no zip file
+        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, its pickle holds more than tensors (it could run code)") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{file}: damaged or cut off ({str(error).splitlines()[0]}). Download it again") from None
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: damaged or cut off ({reason}). Download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: should hold named tensors and nothing else")
     return tensors
 
 
 def save_checkpoint(folder: Path, config: LLaMAConfig, tensors: dict[str, Tensor], tokenizer_dir: Path | None) -> None:
-    """Write a model folder that `transformers` and `load_model` read. All or nothing: see `new_folder`.
+    """Write a model folder that `transformers` and `load_model` read; whole or not at all, as in `new_folder`.
 
     Args:
-        folder: must not exist yet, or be empty.
         tensors: by our names; saved in their own dtype, in shards of at most 5 GB.
         tokenizer_dir: whose tokenizer files are copied along.
     """
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
-            size = 0
         shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with new_folder(folder) as temporary:
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
@@ -188,8 +161,7 @@ def save_checkpoint(folder: Path, config: LLaMAConfig, tensors: dict[str, Tensor
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
-        config.extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | {"dtype": dtype}
-        config.save(temporary)
+        config.save(temporary, dtype=next(iter(tensors.values())).dtype)
         for name in TOKENIZER_FILES if tokenizer_dir else ():
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, temporary / name)
@@ -199,37 +171,34 @@ def save_checkpoint(folder: Path, config: LLaMAConfig, tensors: dict[str, Tensor
 def new_folder(folder: str | Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder`, whole, when the block ends without an error, and vanishes otherwise.
 
-    Everything in it is flushed to disk before the rename, so a crash leaves either all of it or nothing.
-
-    Args:
-        folder: where the result goes.
-        replace: whether something already there is replaced (also whole). Otherwise it must be absent or empty.
-
-    Raises:
-        UserError: there is something at `folder` already.
+    Everything in it is flushed to disk before the rename, so a crash leaves either all of it or nothing. Raises
+    UserError where `folder` holds something already, unless `replace` says to put this in its place.
     """
     folder = Path(folder)
-    check_new_folder(folder, replace)
+    if not replace:
+        check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     temporary.mkdir()
     try:
         yield temporary
         flush(temporary)
-        old = None
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
             folder.rename(old)
         temporary.rename(folder)
         flush(folder.parent, recurse=False)
-        if old is not None:
-            shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def write_file(file: Path, write: Callable[[Path], None]) -> None:
+def check_new_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
+
+
+def write_file(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, flush it and rename it to `file`: readers see the old one or the new one."""
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
@@ -241,20 +210,20 @@ def write_file(file: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_new_folder(folder: Path, replace: bool = False) -> None:
-    """Raise UserError unless a result may be written to `folder`: it is absent, empty, or may be replaced."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not replace)):
-        raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
-
-
 def flush(path: Path, recurse: bool = True) -> None:
     """fsync a file or a folder, and with `recurse` everything in it, so that a rename comes after its contents."""
-    for path in [*(path.rglob("*") if recurse else ()), path]:  # noqa: B020
-        descriptor = os.open(path, os.O_RDONLY)
+    for part in [*(path.rglob("*") if recurse else ()), path]:
+        if part.is_file():
+            part.chmod(0o666 & ~_UMASK)  # safetensors makes its files unreadable for anybody else
+        descriptor = os.open(part, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 def _some(names: Iterable[str]) -> str:

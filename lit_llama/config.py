@@ -46,12 +46,11 @@ class LLaMAConfig:
         Raises:
             UserError: the name is not known; the message lists those that are.
         """
-        if name not in NAMED_CONFIGS:
-            raise UserError(f"unknown model name {name!r}. Known: {', '.join(NAMED_CONFIGS)}")
-        sizes = NAMED_CONFIGS[name]
-        heads = sizes["num_attention_heads"]
-        derived = dict(num_key_value_heads=heads, head_dim=sizes["hidden_size"] // heads)
-        return cls(**(derived | sizes))
+        if name not in _TABLE:
+            raise UserError(f"unknown model name {name!r}. Known: {', '.join(_TABLE)}")
+        *sizes, context, eps, theta, tied, bos, eos = _TABLE[name]
+        rope_scaling = LLAMA3_ROPE | {"factor": 32.0} if name.startswith("Llama-3.2") else None
+        return cls(*sizes, sizes[1] // sizes[4], context, eps, theta, rope_scaling, tied, False, False, bos, eos)
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> "LLaMAConfig":
@@ -81,20 +80,17 @@ class LLaMAConfig:
             if key not in raw:
                 raise UserError(f"{path}: the field {key!r} is missing. Download this file of the model again")
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
-        for name, kind in FIELD_TYPES.items():
+        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.type in (int, float, bool)}
+        for name, kind in kinds.items():
             value = values.get(name, kind())
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)):
                 raise UserError(f"{path}: the field {name!r} should be {kind.__name__}, not {value!r}")
             if kind is int and name in values and value < 1:
                 raise UserError(f"{path}: the field {name!r} should be at least 1, not {value!r}")
         heads = values["num_attention_heads"]
-        values.setdefault("num_key_value_heads", heads)
-        values.setdefault("head_dim", values["hidden_size"] // heads)
-        if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
-            raise UserError(
-                f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
-                f"{values['num_key_value_heads']}, or head_dim {values['head_dim']} is odd"
-            )
+        kv_heads = values.setdefault("num_key_value_heads", heads)
+        if heads % kv_heads or values.setdefault("head_dim", values["hidden_size"] // heads) % 2:
+            raise UserError(f"{path}: {heads} heads are no multiple of {kv_heads} key/value heads, or head_dim is odd")
         values["bos_token_id"], values["eos_token_id"] = raw.get("bos_token_id"), raw.get("eos_token_id")
         # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -102,30 +98,22 @@ class LLaMAConfig:
             raise UserError(f"{path}: rope_scaling should be an object, not {rope!r}")
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
         values["rope_scaling"] = _checked_rope_scaling(rope, path)
-        known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters"}
+        known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters", "dtype", "torch_dtype"}
         values["extra"] = {key: value for key, value in raw.items() if key not in known}
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a `config.json` that `transformers` and `from_checkpoint` read."""
-        values = dataclasses.asdict(self)
-        extra = values.pop("extra")
+    def save(self, checkpoint_dir: str | Path, dtype: object) -> None:
+        """Write the `config.json` that `transformers` and `from_checkpoint` read into a folder of `dtype` weights."""
+        own = dataclasses.asdict(self)
         base = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        return base | extra | values
-
-    def save(self, checkpoint_dir: str | Path) -> None:
-        """Write `config.json` into an existing folder."""
-        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+        values = base | own.pop("extra") | own | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
     @property
     def eos_token_ids(self) -> list[int]:
         """All end-of-sequence token ids (`eos_token_id` may be one, several or none)."""
-        if self.eos_token_id is None:
-            return []
-        return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-
-
-FIELD_TYPES = {f.name: f.type for f in dataclasses.fields(LLaMAConfig) if f.type in (int, float, bool)}
+        eos = self.eos_token_id
+        return [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,43 +145,22 @@ def _checked_rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | 
     return None if kind == "default" else {"rope_type": kind} | {key: rope[key] for key in required[kind]}
 
 
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
-    return dict(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        **other,
-    )
-
-
-_LLAMA2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
-_LLAMA3 = dict(rope_theta=500000.0, rms_norm_eps=1e-5, vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
-_LLAMA32 = _LLAMA3 | dict(
-    max_position_embeddings=131072, tie_word_embeddings=True, rope_scaling=LLAMA3_ROPE | {"factor": 32.0}
-)
-_SMOLLM2 = dict(
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    rope_theta=100000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-NAMED_CONFIGS: dict[str, dict[str, Any]] = {
-    "7B": _sizes(4096, 11008, 32, 32),
-    "13B": _sizes(5120, 13824, 40, 40),
-    "30B": _sizes(6656, 17920, 60, 52),
-    "65B": _sizes(8192, 22016, 80, 64, rms_norm_eps=1e-5),
-    "Llama-2-7B": _sizes(4096, 11008, 32, 32, **_LLAMA2),
-    "Llama-2-13B": _sizes(5120, 13824, 40, 40, **_LLAMA2),
-    "Llama-2-70B": _sizes(8192, 28672, 80, 64, num_key_value_heads=8, **_LLAMA2),
-    "Llama-3-8B": _sizes(4096, 14336, 32, 32, num_key_value_heads=8, max_position_embeddings=8192, **_LLAMA3),
-    "Llama-3.2-1B": _sizes(2048, 8192, 16, 32, num_key_value_heads=8, **_LLAMA32),
-    "Llama-3.2-3B": _sizes(3072, 8192, 28, 24, num_key_value_heads=8, **_LLAMA32),
-    "TinyLlama-1.1B": _sizes(2048, 5632, 22, 32, num_key_value_heads=4, rms_norm_eps=1e-5),
-    "SmolLM2-135M": _sizes(576, 1536, 30, 9, num_key_value_heads=3, **_SMOLLM2),
-    "SmolLM2-360M": _sizes(960, 2560, 32, 15, num_key_value_heads=5, **_SMOLLM2),
-    "SmolLM2-1.7B": _sizes(2048, 8192, 24, 32, **(_SMOLLM2 | dict(rope_theta=130000.0))),
+# fmt: off
+# name: vocab, hidden, intermediate, layers, heads, key/value heads, context, eps, theta, tied, bos, eos
+_TABLE = {
+    "7B":             (32000, 4096, 11008, 32, 32, 32, 2048, 1e-6, 1e4, False, 1, 2),
+    "13B":            (32000, 5120, 13824, 40, 40, 40, 2048, 1e-6, 1e4, False, 1, 2),
+    "30B":            (32000, 6656, 17920, 60, 52, 52, 2048, 1e-6, 1e4, False, 1, 2),
+    "65B":            (32000, 8192, 22016, 80, 64, 64, 2048, 1e-5, 1e4, False, 1, 2),
+    "Llama-2-7B":     (32000, 4096, 11008, 32, 32, 32, 4096, 1e-5, 1e4, False, 1, 2),
+    "Llama-2-13B":    (32000, 5120, 13824, 40, 40, 40, 4096, 1e-5, 1e4, False, 1, 2),
+    "Llama-2-70B":    (32000, 8192, 28672, 80, 64, 8, 4096, 1e-5, 1e4, False, 1, 2),
+    "Llama-3-8B":     (128256, 4096, 14336, 32, 32, 8, 8192, 1e-5, 5e5, False, 128000, 128001),
+    "Llama-3.2-1B":   (128256, 2048, 8192, 16, 32, 8, 131072, 1e-5, 5e5, True, 128000, 128001),
+    "Llama-3.2-3B":   (128256, 3072, 8192, 28, 24, 8, 131072, 1e-5, 5e5, True, 128000, 128001),
+    "TinyLlama-1.1B": (32000, 2048, 5632, 22, 32, 4, 2048, 1e-5, 1e4, False, 1, 2),
+    "SmolLM2-135M":   (49152, 576, 1536, 30, 9, 3, 8192, 1e-5, 1e5, True, 1, 2),
+    "SmolLM2-360M":   (49152, 960, 2560, 32, 15, 5, 8192, 1e-5, 1e5, True, 1, 2),
+    "SmolLM2-1.7B":   (49152, 2048, 8192, 24, 32, 32, 8192, 1e-5, 1.3e5, True, 1, 2),
 }
+# fmt: on

@@ -27,24 +27,10 @@ def stream(
     eos_id: int | Collection[int] | None = None,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the tokens that follow each row of `input_ids`, as they are decoded.
-
-    Args:
-        model: in eval mode.
-        input_ids: (batch, seq) int64, on the model's device.
-        max_new_tokens: at most that many.
-        temperature: logits are divided by it; 0 takes the most likely token.
-        top_k: sample from the k most likely tokens only.
-        top_p: sample from the fewest tokens whose probabilities add up to p (Holtzman et al. 2020, arXiv 1904.09751).
-        eos_id: token or tokens that end a row. Decoding ends when all rows have ended; an ended row goes on with the
-            first of them.
-        seed: of the sampling; default: torch's global random state.
+    """Yield the tokens that follow each row of `input_ids` (batch, seq), as they are decoded; see `generate`.
 
     Yields:
         (batch,) int64, the next token of each row, the one that ends it included.
-
-    Raises:
-        UserError: prompt and new tokens exceed the model's context, or a setting is out of range.
     """
     batch_size, seq = input_ids.shape
     context = model.config.max_position_embeddings
@@ -104,13 +90,24 @@ def generate(
     eos_id: int | Collection[int] | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Prompt and what follows it; arguments and errors as in `stream`.
+    """Prompt and what follows it.
 
     Args:
-        input_ids: (seq,) or (batch, seq) int64.
+        model: in eval mode.
+        input_ids: (seq,) or (batch, seq) int64, on the model's device.
+        max_new_tokens: at most that many.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the fewest tokens whose probabilities add up to p (Holtzman et al. 2020, arXiv 1904.09751).
+        eos_id: token or tokens that end a row. Decoding ends when all rows have ended; an ended row goes on with the
+            first of them.
+        seed: of the sampling; default: torch's global random state.
 
     Returns:
-        (seq + new,) or (batch, seq + new) int64, with at most `max_new_tokens` new ones.
+        (seq + new,) or (batch, seq + new) int64.
+
+    Raises:
+        UserError: prompt and new tokens exceed the model's context, or a setting is out of range.
     """
     rows = input_ids if input_ids.dim() == 2 else input_ids[None]
     tokens = list(stream(model, rows, max_new_tokens, temperature, top_k, top_p, eos_id, seed))

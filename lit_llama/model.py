@@ -52,11 +52,12 @@ class LLaMA(nn.Module):
             input_ids: (batch, seq) or, for samples laid end to end, (tokens,), int64 or int32.
             lengths: tokens in each sample, adding up to the number of tokens. Default: every row is one sample.
             positions: (labels,) which tokens, counted over the flattened input, to compute logits for. Default: all.
-            labels: (labels,) the successors at `positions`. The result is then the cross entropy summed over them, fp32.
+            labels: (labels,) the successors at `positions`; asks for the cross entropy summed over them.
             kv_cache: what `make_kv_cache` returned; `input_ids` (batch, seq) continue the tokens already in it.
 
         Returns:
-            logits in the compute dtype: (*input_ids.shape, vocab_size), or (labels, vocab_size) with `positions`.
+            logits in the compute dtype, (*input_ids.shape, vocab_size) or with `positions` (labels, vocab_size);
+            with `labels` their loss, a scalar in fp32.
         """
         rows, seq = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
         samples = SampleLengths(lengths or [seq] * rows, input_ids.device)

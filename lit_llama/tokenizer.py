@@ -47,26 +47,21 @@ class Tokenizer:
                 sp = self.processor
                 self.vocab_size = sp.vocab_size()
                 self.specials = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-            else:
-                raise UserError(
-                    f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: "
-                    "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-                )
-        except UserError:
-            raise
         except Exception as error:  # both libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
 
+        if self.processor is None and self.backend is None:
+            raise UserError(
+                f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: "
+                "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+            )
         options = _json_or_empty(folder / "tokenizer_config.json")
         config = _json_or_empty(folder / "config.json")
         self.bos_id = self._id_of(options.get("bos_token"), config.get("bos_token_id"), "bos_id")
         self.eos_id = self._id_of(options.get("eos_token"), config.get("eos_token_id"), "eos_id")
-        if "add_bos_token" in options:
-            self.adds_bos = bool(options["add_bos_token"]) and self.bos_id is not None
-        elif self.backend is not None:
-            self.adds_bos = self.bos_id is not None and self.bos_id in self.backend.encode("a").ids[:1]
-        else:
-            self.adds_bos = self.bos_id is not None
+        self.adds_bos = self.bos_id is not None and bool(
+            options.get("add_bos_token", self.backend is None or self.bos_id in self.backend.encode("a").ids[:1])
+        )
         jinja_file = folder / "chat_template.jinja"
         self.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else options.get("chat_template")
         if isinstance(self.chat_template, list):  # several named ones

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_llama.checkpoint import load_pickled, new_folder, write_file
+from lit_llama.cli import used_flags
 from lit_llama.config import LLaMAConfig
 from lit_llama.data import MicroBatch, PreparedSet, SampleOrder, check_vocabulary, open_prepared, pack
 from lit_llama.distributed import PRECISIONS, make_fabric, peak_memory_bytes
@@ -71,15 +72,12 @@ class TrainArgs:
     log_interval: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_tokens", "epochs", "eval_interval", "save_interval", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--train.{name} {getattr(self, name)}: should be at least 1")
-        for name in ("max_steps", "eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--train.{name} {getattr(self, name)}: should be at least 1")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--train.{name} {getattr(self, name)}: should be a number from 0 on")
+        for name, value in vars(self).items():
+            least = (
+                0 if name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "beta1", "beta2") else 1
+            )
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise UserError(f"--train.{name} {value}: should be a number from {least} on")
         if self.schedule not in ("cosine", "constant"):
             raise UserError(f"--train.schedule {self.schedule}: unknown. Known: cosine, constant")
 
@@ -108,12 +106,8 @@ def start_run(
     precision: str,
     seed: int,
     resume: bool,
-    flags: str,
 ) -> Run:
     """Check everything that can be checked without the weights, launch the devices and open `out_dir`.
-
-    Args:
-        flags: YAML of every flag as used; becomes `config.yaml` in `out_dir`.
 
     Raises:
         UserError: something is missing or does not fit together.
@@ -132,12 +126,12 @@ def start_run(
         raise UserError(f"{out_dir}: is a file. Give another --out_dir")
     if out_dir.exists() and any(out_dir.iterdir()) and not resume:
         raise UserError(f"{out_dir}: holds another run. Go on with it: --resume true; or give another --out_dir")
-    if resume and not newest_checkpoint(out_dir):
+    if resume and not checkpoints(out_dir):
         raise UserError(f"{out_dir}: no step-* folder there to resume from. Start without --resume")
     fabric = make_fabric(devices, num_nodes, precision)
     torch.manual_seed(seed)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_file(out_dir / "config.yaml", lambda file: file.write_text(flags, "utf-8"))
+    write_file(out_dir / "config.yaml", lambda file: file.write_text(used_flags(), "utf-8"))
     return Run(fabric, config, train_set, val_set, meta["template"], out_dir, resume, seed, PRECISIONS[precision])
 
 
@@ -169,7 +163,7 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
 
     first_step = 0
     if run.resume:
-        first_step = load_state(newest_checkpoint(run.out_dir), trained, optimizer)
+        first_step = load_state(checkpoints(run.out_dir)[-1], trained, optimizer)
         if first_step >= num_steps:
             raise UserError(
                 f"{run.out_dir}: is at step {first_step}, nothing is left of {num_steps}. Raise --train.epochs"
@@ -274,9 +268,8 @@ def schedule(step: int, num_steps: int, args: TrainArgs) -> float:
     warmup = warmup_steps(args, num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    if args.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+    return cosine if args.schedule == "cosine" else 1.0
 
 
 def save_state(
@@ -319,11 +312,6 @@ def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.
 def checkpoints(out_dir: Path) -> list[Path]:
     """Complete `step-*` folders of a run, oldest first (a folder has its name only once it is complete)."""
     return sorted(path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
-
-
-def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The folder to resume from."""
-    return (checkpoints(out_dir) or [None])[-1]
 
 
 class MetricsFile:
