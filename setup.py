@@ -6,7 +6,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
 HUB = ["huggingface_hub>=0.30"]
-GGUF = ["gguf>=0.17"]
+GGUF = ["gguf>=0.17", "protobuf>=4"]
 
 setup(
     name="lit-llama",

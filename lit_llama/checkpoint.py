@@ -31,15 +31,13 @@ def load_model(
     """A LLaMA with the weights of a Hugging Face model folder, rounded to `dtype`, on `device`, frozen, in eval mode.
 
     Each tensor goes from the memory-mapped file into place. Where the file already holds `dtype` and the device is
-    the CPU, the mapped pages themselves are the weights.
-
-    Raises:
-        UserError: the folder, its config or its weights are missing, damaged or do not belong together.
+    the CPU, the mapped pages themselves are the weights. Raises UserError where the folder, its config or its weights
+    are missing, damaged or do not belong together.
     """
     config = LLaMAConfig.from_checkpoint(checkpoint_dir)
     with torch.device("meta"):
         model = LLaMA(config)
-    source = WeightFiles(checkpoint_dir)
+    source = WeightFiles(Path(checkpoint_dir))
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     surplus = source.places.keys() - wanted.keys() - {"lm_head.weight"}  # some tied checkpoints store the head too
     if surplus:
@@ -62,32 +60,18 @@ def load_model(
 class WeightFiles:
     """The tensors of a folder, read one at a time. `places`: our name (without `model.`) -> file and name in it."""
 
-    def __init__(self, checkpoint_dir: str | Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.places: dict[str, tuple[Path, str]] = {}
         self.bins: dict[Path, dict[str, Tensor]] = {}
-        folder = Path(checkpoint_dir)
-        for single in ("model.safetensors", "pytorch_model.bin"):
-            if (folder / f"{single}.index.json").is_file():
-                files = _files_of_index(folder / f"{single}.index.json")
-            elif (folder / single).is_file():
-                files = [folder / single]
+        for file in _weight_files(folder):
+            if file.suffix == ".bin":
+                names = self.bins[file] = load_pickled(file)
             else:
-                continue
-            for file in files:
-                if file.suffix == ".bin":
-                    self.bins[file] = load_pickled(file)
-                    names = list(self.bins[file])
-                else:
-                    with open_safetensors(file) as handle:
-                        names = list(handle.keys())
-                # old exports hold inv_freq, which follows from the config
-                kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
-                self.places |= {name.removeprefix("model."): (file, name) for name in kept}
-            return
-        raise UserError(
-            f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
-            "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-        )
+                with open_safetensors(file) as handle:
+                    names = handle.keys()
+            # old exports hold inv_freq, which follows from the config
+            kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+            self.places |= {name.removeprefix("model."): (file, name) for name in kept}
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU, memory-mapped."""
@@ -99,16 +83,27 @@ class WeightFiles:
             return handle.get_tensor(stored_name)
 
 
-def _files_of_index(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise UserError(f"{index}: names {name}, which is outside this folder")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent / name}: missing, though {index.name} names it. Download the folder again")
-    return [index.parent / name for name in sorted(set(weight_map.values()))]
+def _weight_files(folder: Path) -> list[Path]:
+    """safetensors before `.bin`, and of each kind the index before the single file."""
+    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = folder / f"{single.name}.index.json"
+        if not index.is_file():
+            if single.is_file():
+                return [single]
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
+        for name in sorted(set(weight_map.values())):
+            if Path(name).name != name:
+                raise UserError(f"{index}: names {name}, which is outside this folder")
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: missing, though {index.name} names it. Download the folder again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    raise UserError(
+        f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
+        "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+    )
 
 
 @contextmanager
@@ -125,8 +120,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin`, `.pth` or `.pt`, memory-mapped (but for the format of before torch 1.6).
 
-    Raises:
-        UserError: the file is damaged, or its pickle asks for code to be run (none is).
+    Raises UserError where the file is damaged, or its pickle asks for code to be run (none is).
     """
     try:
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
@@ -140,31 +134,55 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save_checkpoint(folder: Path, config: LLaMAConfig, tensors: dict[str, Tensor], tokenizer_dir: Path | None) -> None:
+def save_checkpoint(
+    folder: Path, config: LLaMAConfig, tensors: Iterable[tuple[str, Tensor]], files: dict[str, bytes]
+) -> None:
     """Write a model folder that `transformers` and `load_model` read; whole or not at all, as in `new_folder`.
 
     Args:
-        tensors: by our names; saved in their own dtype, in shards of at most 5 GB.
-        tokenizer_dir: whose tokenizer files are copied along.
+        tensors: our names and tensors of one dtype, on any device; taken one at a time and saved in shards of at most
+            5 GB, so that a generator needs no more memory than a shard.
+        files: further files by name, such as `tokenizer_files` of another folder.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append({})
-        shards[-1][name if name.startswith("lm_head.") else f"model.{name}"] = tensor.detach().cpu().contiguous()
     with new_folder(folder) as temporary:
-        weight_map = {}
+        shards: list[dict[str, Tensor]] = [{}]
+        total, weight_map = 0, {}
+
+        def part(number: int) -> Path:
+            return temporary / f"part-{number}"
+
+        for name, tensor in tensors:
+            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
+                save_tensors(shards[-1], part(len(shards)))
+                shards[-1] = dict.fromkeys(shards[-1])  # the names are still needed, the tensors are not
+                shards.append({})
+            stored_name = name if name.startswith("lm_head.") else f"model.{name}"
+            shards[-1][stored_name] = tensor.detach().cpu().contiguous()
+            total += tensor.nbytes
+        save_tensors(shards[-1], part(len(shards)))
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            save_file(shard, temporary / file, metadata={"format": "pt"})
+            part(number).rename(temporary / file)
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
-        config.save(temporary, dtype=next(iter(tensors.values())).dtype)
-        for name in TOKENIZER_FILES if tokenizer_dir else ():
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, temporary / name)
+        config.save(temporary, dtype=tensor.dtype)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """A folder's tokenizer files by name."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
+    """`save_file` of safetensors, with a full disk as an OSError instead of the library's own exception."""
+    try:
+        save_file(tensors, file, {"format": "pt"} | metadata)
+    except SafetensorError as error:
+        raise OSError(None, f"cannot be written ({error})", str(file)) from None
 
 
 @contextmanager

@@ -189,18 +189,10 @@ def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
-    """Cosines and sines of the rotary angles (Su et al. 2021, arXiv 2104.09864, eq. 15), the two halves alike.
-
-    Args:
-        positions: (tokens,) each token's place in its sample.
-
-    Returns:
-        cos, sin: each (tokens, 1, head_dim), fp32. Angles are taken in fp32 whatever the model's dtype: in bf16,
-        position 257 would already be 256.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
+def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:
+    """Angle per position of each pair of features (Su et al. 2021, arXiv 2104.09864, eq. 15): (head_dim / 2,), fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling or {}
     if scaling.get("rope_type") == "linear":  # position interpolation, arXiv 2306.15595
         inv_freq = inv_freq / scaling["factor"]
@@ -210,7 +202,15 @@ def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
         waves = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
         keep = ((waves - low) / (high - low)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
-    angles = positions[:, None].float() * inv_freq  # (tokens, head_dim / 2)
+    return inv_freq
+
+
+def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
+    """cos and sin of the angles at `positions` (tokens,), each (tokens, 1, head_dim), the two halves alike.
+
+    In fp32 whatever the model's dtype: in bf16, position 257 would already be 256.
+    """
+    angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (tokens, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
 

