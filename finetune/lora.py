@@ -5,7 +5,7 @@ from pathlib import Path
 from lit_llama import load_model
 from lit_llama.cli import run
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-from lit_llama.training import TrainArgs, fit, start_run
+from lit_llama.training import Run, TrainArgs, fit
 
 
 def main(
@@ -34,7 +34,16 @@ def main(
         lora: the method.
         train: the recipe.
     """
-    job = start_run(checkpoint_dir, data_dir, out_dir, devices, num_nodes, precision, seed, resume)
+    job = Run(
+        checkpoint_dir=checkpoint_dir,
+        data_dir=data_dir,
+        out_dir=out_dir,
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=precision,
+        seed=seed,
+        resume=resume,
+    )
     model = load_model(checkpoint_dir, job.fabric.device, job.weight_dtype)
     apply_lora(model, lora)
     fit(job, model, train, lambda folder: save_lora(model, folder, lora, str(checkpoint_dir), job.template))

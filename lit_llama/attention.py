@@ -9,12 +9,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 class SampleLengths:
-    """How a row of tokens is cut into samples. Made once a forward pass, used by every layer.
-
-    Args:
-        lengths: tokens in each sample, in order. Their sum is the number of tokens.
-        device: where the tokens are.
-    """
+    """How a row of tokens on `device` is cut into samples of `lengths` tokens: made once a forward pass."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
@@ -24,6 +19,10 @@ class SampleLengths:
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
 
+    def split(self, x: Tensor) -> Tensor:
+        """(tokens, heads, head_dim) of samples of one length -> (samples, heads, seq, head_dim)."""
+        return x.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
+
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleLengths) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v within each sample, causally; grouped-query where there are fewer key heads.
@@ -32,12 +31,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
     a sample (or one for all where their lengths are equal). No token attends across a sample's border.
 
     Args:
-        query: (tokens, num_heads, head_dim).
+        query: (tokens, num_heads, head_dim), which is also what returns.
         key, value: (tokens, num_key_value_heads, head_dim), same dtype.
         samples: how the tokens are cut; the lengths add up to `tokens`.
-
-    Returns:
-        (tokens, num_heads, head_dim).
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         longest, bounds = samples.longest, samples.cu_seqlens
@@ -46,16 +42,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
     if samples.uniform:
-        shape = (len(samples.lengths), samples.longest)
-        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))  # (samples, heads, seq, .)
-        return _sdpa(q, k, v).transpose(1, 2).flatten(0, 1)
+        return _sdpa(*(samples.split(t) for t in (query, key, value))).transpose(1, 2).flatten(0, 1)
     parts = zip(*(t.transpose(0, 1).split(samples.lengths, dim=1) for t in (query, key, value)), strict=True)
     attended = [_sdpa(q[None], k[None], v[None])[0] for q, k, v in parts]  # each (heads, seq, head_dim)
     return torch.cat(attended, dim=1).transpose(0, 1)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.size(1) != key.size(1))
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 @dataclass
@@ -70,36 +65,23 @@ class KVCache:
     values: Tensor
     length: int = 0
 
-    @property
-    def max_seq_length(self) -> int:
-        return self.keys.size(3)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store the new tokens' keys and values behind those of the `length` tokens before, and attend to all.
 
-        `length` itself moves on once a forward pass, after the last layer.
+        `length` itself moves on once a forward pass, after the last layer. Raises ValueError for more tokens than the
+        cache was made for.
 
         Args:
-            layer: which layer's cache.
-            query: (batch, num_heads, new, head_dim).
+            query: (batch, num_heads, new, head_dim), which is also what returns.
             key, value: (batch, num_key_value_heads, new, head_dim).
-
-        Returns:
-            (batch, num_heads, new, head_dim).
-
-        Raises:
-            ValueError: more tokens than the cache was made for.
         """
-        new = query.size(2)
-        end = self.length + new
-        if end > self.max_seq_length:
-            raise ValueError(f"{end} tokens do not fit into a KV cache of {self.max_seq_length}")
+        new, end = query.size(2), self.length + query.size(2)
+        if end > self.keys.size(3):
+            raise ValueError(f"{end} tokens do not fit into a KV cache of {self.keys.size(3)}")
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
-        grouped = query.size(1) != key.size(1)
         if self.length == 0:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        key, value = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+            return _sdpa(query, key, value)
         # the i-th new token sees everything up to itself; a single one sees all and needs no mask
         mask = None if new == 1 else torch.ones(new, end, dtype=torch.bool, device=query.device).tril(self.length)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+        return _sdpa(query, self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask, is_causal=False)

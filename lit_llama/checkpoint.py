@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,9 +30,8 @@ def load_model(
 ) -> LLaMA:
     """A LLaMA with the weights of a Hugging Face model folder, rounded to `dtype`, on `device`, frozen, in eval mode.
 
-    Each tensor goes from the memory-mapped file into place. Where the file already holds `dtype` and the device is
-    the CPU, the mapped pages themselves are the weights. Raises UserError where the folder, its config or its weights
-    are missing, damaged or do not belong together.
+    Each tensor goes from the memory-mapped file into place; on the CPU, mapped pages that hold `dtype` already are the
+    weights themselves. Raises UserError where config or weights are missing, damaged or do not belong together.
     """
     config = LLaMAConfig.from_checkpoint(checkpoint_dir)
     with torch.device("meta"):
@@ -42,16 +41,14 @@ def load_model(
     surplus = source.places.keys() - wanted.keys() - {"lm_head.weight"}  # some tied checkpoints store the head too
     if surplus:
         raise UserError(f"{checkpoint_dir}: {_some(surplus)} in the weights but not in config.json's model")
-    missing = wanted.keys() - source.places.keys()
-    if missing:
+    if missing := wanted.keys() - source.places.keys():
         raise UserError(f"{checkpoint_dir}: the weights lack {_some(missing)}. Download the folder again")
     for name, shape in wanted.items():
-        tensor = source.read(name)
+        tensor, (module, _, leaf) = source.read(name), name.rpartition(".")
         if tuple(tensor.shape) != shape:
             raise UserError(f"{checkpoint_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
         if not tensor.is_floating_point():
             raise UserError(f"{checkpoint_dir}: {name} holds {tensor.dtype}; quantized checkpoints are not supported")
-        module, _, leaf = name.rpartition(".")
         weight = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
         setattr(model.get_submodule(module), leaf, weight)
     return model.eval()
@@ -69,9 +66,9 @@ class WeightFiles:
             else:
                 with open_safetensors(file) as handle:
                     names = handle.keys()
-            # old exports hold inv_freq, which follows from the config
-            kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
-            self.places |= {name.removeprefix("model."): (file, name) for name in kept}
+            for name in names:
+                if not name.endswith("rotary_emb.inv_freq"):  # of old exports; it follows from the config
+                    self.places[name.removeprefix("model.")] = (file, name)
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU, memory-mapped."""
@@ -87,19 +84,18 @@ def _weight_files(folder: Path) -> list[Path]:
     """safetensors before `.bin`, and of each kind the index before the single file."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = folder / f"{single.name}.index.json"
+        if not index.is_file() and single.is_file():
+            return [single]
         if not index.is_file():
-            if single.is_file():
-                return [single]
             continue
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
-        for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
-                raise UserError(f"{index}: names {name}, which is outside this folder")
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: missing, though {index.name} names it. Download the folder again")
-        return [folder / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{index}: names {name}, which is not in this folder. Download the folder again")
+        return [folder / name for name in names]
     raise UserError(
         f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
         "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
@@ -117,11 +113,14 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
         raise UserError(f"{file}: {reason}. Download or write it again") from None
 
 
-def load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin`, `.pth` or `.pt`, memory-mapped (but for the format of before torch 1.6).
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, memory-mapped, and its metadata. Raises UserError as `open_safetensors`."""
+    with open_safetensors(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
-    Raises UserError where the file is damaged, or its pickle asks for code to be run (none is).
-    """
+
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` or `.pth`, memory-mapped unless from before torch 1.6. Raises UserError for others."""
     try:
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError:
@@ -137,36 +136,31 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 def save_checkpoint(
     folder: Path, config: LLaMAConfig, tensors: Iterable[tuple[str, Tensor]], files: dict[str, bytes]
 ) -> None:
-    """Write a model folder that `transformers` and `load_model` read; whole or not at all, as in `new_folder`.
+    """Write a model folder that `transformers` and `load_model` read, whole or not at all.
 
     Args:
-        tensors: our names and tensors of one dtype, on any device; taken one at a time and saved in shards of at most
-            5 GB, so that a generator needs no more memory than a shard.
+        tensors: our names and tensors of one dtype, on any device; a generator needs no more memory than one shard of
+            5 GB.
         files: further files by name, such as `tokenizer_files` of another folder.
     """
-    with new_folder(folder) as temporary:
-        shards: list[dict[str, Tensor]] = [{}]
-        total, weight_map = 0, {}
-
-        def part(number: int) -> Path:
-            return temporary / f"part-{number}"
-
+    check_new_folder(folder)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        shard: dict[str, Tensor] = {}
+        weight_map: dict[str, str] = {}  # stored name -> file
+        number, total = 1, 0
         for name, tensor in tensors:
-            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
-                save_tensors(shards[-1], part(len(shards)))
-                shards[-1] = dict.fromkeys(shards[-1])  # the names are still needed, the tensors are not
-                shards.append({})
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
+                save_tensors(shard, temporary / f"model-{number:05}.safetensors")
+                shard, number = {}, number + 1
             stored_name = name if name.startswith("lm_head.") else f"model.{name}"
-            shards[-1][stored_name] = tensor.detach().cpu().contiguous()
+            shard[stored_name] = tensor.detach().cpu().contiguous()
+            weight_map[stored_name] = f"model-{number:05}.safetensors"
             total += tensor.nbytes
-        save_tensors(shards[-1], part(len(shards)))
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            part(number).rename(temporary / file)
-            weight_map |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+        save_tensors(shard, temporary / ("model.safetensors" if number == 1 else weight_map[stored_name]))
+        if number > 1:
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            (temporary / "model.safetensors.index.json").write_text(index, "utf-8")
         config.save(temporary, dtype=tensor.dtype)
         for name, content in files.items():
             (temporary / name).write_bytes(content)
@@ -183,31 +177,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> Non
         save_file(tensors, file, {"format": "pt"} | metadata)
     except SafetensorError as error:
         raise OSError(None, f"cannot be written ({error})", str(file)) from None
-
-
-@contextmanager
-def new_folder(folder: str | Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `folder`, whole, when the block ends without an error, and vanishes otherwise.
-
-    Everything in it is flushed to disk before the rename, so a crash leaves either all of it or nothing. Raises
-    UserError where `folder` holds something already, unless `replace` says to put this in its place.
-    """
-    folder = Path(folder)
-    if not replace:
-        check_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        flush(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        flush(folder.parent, recurse=False)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
 
 
 def check_new_folder(folder: Path) -> None:
@@ -216,32 +186,33 @@ def check_new_folder(folder: Path) -> None:
         raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
 
 
-def write_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, flush it and rename it to `file`: readers see the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder that takes the place of `path`, whole, once the block has ended.
+
+    It is flushed before and removed if the block ends in an error: readers see the old one or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
-        write(temporary)
-        flush(temporary)
-        temporary.replace(file)
-        flush(file.parent, recurse=False)
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            _fsync(part)
+        if path.is_dir():  # a file is replaced by the rename itself
+            path.rename(old)
+        temporary.rename(path)
+        _fsync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def flush(path: Path, recurse: bool = True) -> None:
-    """fsync a file or a folder, and with `recurse` everything in it, so that a rename comes after its contents."""
-    for part in [*(path.rglob("*") if recurse else ()), path]:
-        if part.is_file():
-            part.chmod(0o666 & ~_UMASK)  # safetensors makes its files unreadable for anybody else
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _some(names: Iterable[str]) -> str:

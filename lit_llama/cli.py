@@ -6,30 +6,21 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_llama.errors import UserError
 
 _flags = ""
 
 
-class OneLineParser(ArgumentParser):
-    """A parser that says what is wrong with a call in one line and exits with status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        reason = " ".join(str(message).split())
-        print(f"error: {reason} (--help lists the flags)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def run(main: Callable) -> None:
     """Call `main` with the command line's flags; its signature and docstring declare them.
 
-    A mistake of the user's ends in one line on stderr: exit status 2 for a wrong call, 1 for anything else,
-    130 for Ctrl-C. A bug keeps its traceback.
+    A mistake of the user's ends in one line on stderr: exit status 2 for a wrong call, 1 for anything else, 130 for
+    Ctrl-C. A bug keeps its traceback.
     """
     global _flags
-    parser = OneLineParser(description=inspect.getdoc(main).split("\n\nArgs:")[0], default_env=False)
+    parser = ArgumentParser(description=inspect.getdoc(main).split("\n\nArgs:")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with flags; --print_config shows one.")
     parser.add_function_arguments(main, as_group=False)
     try:
@@ -38,6 +29,8 @@ def run(main: Callable) -> None:
         arguments = parser.instantiate(flags).as_dict()
         arguments.pop("config")
         main(**arguments)
+    except ArgumentError as error:
+        _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
     except UserError as error:
         _fail(str(error))
     except torch.OutOfMemoryError as error:
@@ -48,8 +41,7 @@ def run(main: Callable) -> None:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail("stopped", 130)
 
 
 def used_flags() -> str:
@@ -57,6 +49,6 @@ def used_flags() -> str:
     return _flags
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 1) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1) from None
+    raise SystemExit(status) from None

@@ -8,7 +8,6 @@ from typing import Any
 
 from lit_llama.errors import UserError
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 LLAMA3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
@@ -41,11 +40,7 @@ class LLaMAConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
-        """The published architecture called `name`, e.g. "7B" or "Llama-3.2-1B".
-
-        Raises:
-            UserError: the name is not known; the message lists those that are.
-        """
+        """The published architecture called `name`, e.g. "7B" or "Llama-3.2-1B". Raises UserError for unknown ones."""
         if name not in _TABLE:
             raise UserError(f"unknown model name {name!r}. Known: {', '.join(_TABLE)}")
         *sizes, context, eps, theta, tied, bos, eos = _TABLE[name]
@@ -56,9 +51,8 @@ class LLaMAConfig:
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> "LLaMAConfig":
         """Read `config.json` of a Hugging Face model folder.
 
-        Raises:
-            UserError: no such folder or file, not JSON, a model type, activation, rope kind or sliding window that
-                this code does not compute, or a field that is missing or of the wrong type.
+        Raises UserError where there is none, for a model type, activation, rope kind or sliding window that this code
+        does not compute, and for a field that is missing or of the wrong type.
         """
         folder = Path(checkpoint_dir)
         path = folder / "config.json"
@@ -68,25 +62,20 @@ class LLaMAConfig:
                 "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
             )
         raw = read_json(path)
-        if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
-            known = ", ".join(SUPPORTED_MODEL_TYPES)
-            raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported. Supported: {known}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, LLaMA's MLP uses 'silu'")
-        if raw.get("sliding_window") is not None:
-            raise UserError(f"{path}: sliding_window {raw['sliding_window']!r} is not supported, full attention is")
-
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if key not in raw:
-                raise UserError(f"{path}: the field {key!r} is missing. Download this file of the model again")
+        supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu", None), "sliding_window": (None,)}
+        for key, values in supported.items():
+            if raw.get(key) not in values:
+                known = " or ".join(value or "none" for value in values)
+                raise UserError(f"{path}: {key} {raw.get(key)!r} is not supported, only {known}")
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
-        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.type in (int, float, bool)}
-        for name, kind in kinds.items():
-            value = values.get(name, kind())
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)):
-                raise UserError(f"{path}: the field {name!r} should be {kind.__name__}, not {value!r}")
-            if kind is int and name in values and value < 1:
-                raise UserError(f"{path}: the field {name!r} should be at least 1, not {value!r}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if name not in values:
+                raise UserError(f"{path}: the field {name!r} is missing. Download this file of the model again")
+        for name, kind in ((f.name, f.type) for f in dataclasses.fields(cls) if f.type in (int, float, bool)):
+            value = values.get(name, kind(1))
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)) or value < (kind is int):
+                least = " of at least 1" if kind is int else ""
+                raise UserError(f"{path}: the field {name!r} should be {kind.__name__}{least}, not {value!r}")
         heads = values["num_attention_heads"]
         kv_heads = values.setdefault("num_key_value_heads", heads)
         if heads % kv_heads or values.setdefault("head_dim", values["hidden_size"] // heads) % 2:
@@ -94,10 +83,8 @@ class LLaMAConfig:
         values["bos_token_id"], values["eos_token_id"] = raw.get("bos_token_id"), raw.get("eos_token_id")
         # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{path}: rope_scaling should be an object, not {rope!r}")
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
         values["rope_scaling"] = _checked_rope_scaling(rope, path)
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
         known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters", "dtype", "torch_dtype"}
         values["extra"] = {key: value for key, value in raw.items() if key not in known}
         return cls(**values)
@@ -109,19 +96,9 @@ class LLaMAConfig:
         values = base | own.pop("extra") | own | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (Path(checkpoint_dir) / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """All end-of-sequence token ids (`eos_token_id` may be one, several or none)."""
-        eos = self.eos_token_id
-        return [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file is missing, is not UTF-8 JSON, or holds something other than an object.
-    """
+    """The JSON object in a file. Raises UserError where it is missing, no UTF-8 JSON, or something else than that."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -135,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _checked_rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """`rope` without rope_theta, or None where positions are not scaled. Raises UserError for other kinds."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     required = {"default": [], "linear": ["factor"], "llama3": ["factor", *list(LLAMA3_ROPE)[1:]]}
     if kind not in required:
         raise UserError(f"{path}: rope type {kind!r} is not supported. Supported: {', '.join(required)}")

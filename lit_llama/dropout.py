@@ -12,34 +12,24 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ROWS = 4096
 _rows: Tensor | None = None  # (tokens,) int64: the mask row of each token of the current micro-batch
 
 
-class TokenDropout(nn.Module):
-    """Zeroes features with probability `p` in training and scales the rest by 1 / (1 - p).
+def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
+    """Zero features of x (tokens, features) with probability `p` and scale the rest by 1 / (1 - p).
 
-    Inside `token_rows` a token's mask is the same whatever lies beside it; elsewhere this is `F.dropout`.
-
-    Args:
-        p: probability, in [0, 1).
-        name: of the module it stands in; modules of different names get different masks.
+    Inside `token_rows` a token's mask is the same whatever lies beside it; elsewhere this is `F.dropout`. Layers of
+    different `name` get different masks.
     """
-
-    def __init__(self, p: float, name: str) -> None:
-        super().__init__()
-        self.p = p
-        self.salt = zlib.crc32(name.encode())
-
-    def forward(self, x: Tensor) -> Tensor:  # (tokens, features) -> the same
-        if not self.training or self.p == 0.0:
-            return x
-        if _rows is None:
-            return F.dropout(x, self.p)
-        keep = _keep_table(self.p, x.size(-1), x.dtype, x.device)
-        return x * keep[(_rows + self.salt) % ROWS] * (1 / (1 - self.p))
+    if p == 0.0:
+        return x
+    if _rows is None:
+        return F.dropout(x, p)
+    keep = _keep_table(p, x.size(-1), x.dtype, x.device)
+    return x * keep[(_rows + zlib.crc32(name.encode())) % ROWS] * (1 / (1 - p))
 
 
 @contextmanager

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_llama.checkpoint import open_safetensors, write_file
+from lit_llama.checkpoint import open_safetensors, read_tensors, replacing, save_tensors
 from lit_llama.config import read_json
-from lit_llama.dropout import TokenDropout
+from lit_llama.dropout import token_dropout
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA, recompute
 
@@ -23,7 +22,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adaptation.
+    """Low-rank adaptation. Raises UserError for values out of range.
 
     Args:
         r: rank of the update.
@@ -39,12 +38,11 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"--lora.r {self.r}: should be at least 1")
+        if self.r < 1 or self.alpha <= 0:
+            name, least = ("r", "at least 1") if self.r < 1 else ("alpha", "more than 0")
+            raise UserError(f"--lora.{name} {getattr(self, name)}: should be {least}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: should be from 0 to less than 1")
-        if self.alpha <= 0:
-            raise UserError(f"--lora.alpha {self.alpha}: should be more than 0")
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
 
@@ -57,9 +55,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, name: str) -> None:
         super().__init__()
-        self.base = base
-        self.scaling = alpha / r
-        self.dropout = TokenDropout(dropout, name)
+        self.base, self.scaling, self.dropout, self.name = base, alpha / r, dropout, name
         place = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.Linear(base.in_features, r, bias=False, **place)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, **place)
@@ -71,7 +67,8 @@ class LoRALinear(nn.Module):
 
     def update(self, x: Tensor) -> Tensor:
         """The low-rank term alone."""
-        low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
+        x = token_dropout(x, self.dropout, self.name) if self.training else x
+        low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     def merged(self) -> nn.Linear:
@@ -83,11 +80,7 @@ class LoRALinear(nn.Module):
 
 
 def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
-    """Put a `LoRALinear` around each target layer, in place, and freeze everything else of the base.
-
-    Raises:
-        UserError: a target matches no linear layer.
-    """
+    """Put a `LoRALinear` around each target layer, in place, and freeze the base. Raises UserError: unknown target."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in config.targets:
         if not any(_matches(name, target) for name in linears):
@@ -121,33 +114,23 @@ def save_lora(model: LLaMA, path: str | Path, config: LoRAConfig, base_model: st
     Args:
         path: the folder; made if absent.
         base_model: the base's folder or hub name, for `base_model_name_or_path`.
-        template: the prompt template of the training; goes into the safetensors header, where
-            `lora_template` finds it.
+        template: the prompt template of the training, for `lora_template`; goes into the safetensors header.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _peft_name(name): parameter.detach().float().cpu().contiguous()
+        PEFT_PREFIX + (name if name.startswith("lm_head.") else f"model.{name}"): parameter.detach().float().cpu()
         for name, parameter in model.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }
     if not tensors:
         raise ValueError("the model has no LoRA; call apply_lora first")
-    settings = dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-    )
-    metadata = {"format": "pt", "template": template}
-    write_file(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata))
-    write_file(path / CONFIG_FILE, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
+    kind = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", fan_in_fan_out=False, inference_mode=True)
+    sizes = dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets))
+    settings = json.dumps(kind | sizes | {"base_model_name_or_path": base_model}, indent=2) + "\n"
+    with replacing(path / WEIGHTS_FILE) as file:
+        save_tensors(tensors, file, template=template)
+    with replacing(path / CONFIG_FILE) as file:
+        file.write_text(settings, "utf-8")
 
 
 def lora_template(path: str | Path) -> str | None:
@@ -169,15 +152,11 @@ def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
     """Put a saved LoRA (ours or PEFT's) around a model's layers, in place.
 
     Ranks and layers follow from the tensors in the file, so PEFT's `rank_pattern`, `layers_to_transform` and regular
-    expressions need no reading.
-
-    Raises:
-        UserError: no LoRA there, it was made for another model, or it uses something that is not supported.
+    expressions need no reading. Raises UserError where there is none, it is damaged, for another model or unsupported.
     """
     path = Path(path)
     settings = read_lora_settings(path)
-    with open_safetensors(path / WEIGHTS_FILE) as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, it is no dictionary
+    tensors, _ = read_tensors(path / WEIGHTS_FILE)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = sorted({name.rpartition(".lora_")[0] for name in tensors})
     for stored in names:
@@ -186,11 +165,11 @@ def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
         if name not in linears or None in pair:
             raise UserError(f"{path}: has a LoRA for {stored}, the model has no such layer. It is for another model")
         linear, r = linears[name], pair[0].size(0)
-        shapes = [(r, linear.in_features), (linear.out_features, r)]
-        if [tuple(tensor.shape) for tensor in pair] != shapes:
-            found = " and ".join(str(tuple(tensor.shape)) for tensor in pair)
-            raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {shapes[0]} and {shapes[1]}")
-        alpha = _pattern(settings, "alpha_pattern", name, settings["lora_alpha"])
+        found, wanted = [tuple(tensor.shape) for tensor in pair], [(r, linear.in_features), (linear.out_features, r)]
+        if found != wanted:
+            raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
+        alphas = (settings.get("alpha_pattern") or {}).items()  # PEFT's own value for layers whose names end so
+        alpha = next((value for ending, value in alphas if _matches(name, ending)), settings["lora_alpha"])
         lora = LoRALinear(linear, r, alpha, settings.get("lora_dropout", 0.0), name)
         with torch.no_grad():
             lora.lora_A.weight.copy_(pair[0])
@@ -204,36 +183,32 @@ def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
 
 
 def read_lora_settings(path: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a LoRA folder, checked for what is supported. Raises UserError."""
-    if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one: python finetune/lora.py --out_dir {path}")
+    """`adapter_config.json` of a LoRA folder. Raises UserError where it asks for something that is not supported."""
     file = path / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one: python finetune/lora.py --out_dir {path}")
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
-    for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"):
-        if settings.get(key):
+    unsupported = (
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "trainable_token_indices",
+    )
+    for key in (*unsupported, "bias"):
+        if settings.get(key) and settings[key] != "none":
             raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias {settings['bias']!r} is not supported, only 'none'")
     for key in ("r", "lora_alpha"):
         if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
             raise UserError(f"{file}: {key} should be a positive number, is {settings.get(key)!r}")
     return settings
 
 
-def _pattern(settings: dict[str, Any], key: str, name: str, default: float) -> float:
-    """PEFT's per-layer override: a dictionary of name endings."""
-    patterns = settings.get(key) or {}
-    return next((value for ending, value in patterns.items() if _matches(name, ending)), default)
-
-
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _peft_name(name: str) -> str:
-    return PEFT_PREFIX + (name if name.startswith("lm_head.") else f"model.{name}")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

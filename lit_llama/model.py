@@ -1,12 +1,9 @@
 """LLaMA: Touvron et al. 2023 (arXiv 2302.13971), with Llama 2's grouped-query attention and Llama 3's RoPE scaling.
 
-What is special here:
-- module names are those of Hugging Face's checkpoints without the leading `model.`, and so are the weights' layouts:
-  RoPE rotates the two halves of a head (`q[:d/2]` with `q[d/2:]`), not neighbouring pairs as Meta's files do;
-- tokens of all samples lie end to end in one dimension; attention never crosses from one sample to the next;
-- nothing but parameters lives on the modules, so a model on the meta device needs only its weights to run.
-
-Read it downwards: `LLaMA`, `Block`, `Attention`, `MLP`, `RMSNorm`, RoPE.
+Module names are those of Hugging Face's checkpoints without the leading `model.`, and so are the weights' layouts: RoPE
+rotates the two halves of a head (`q[:d/2]` with `q[d/2:]`), not neighbouring pairs as Meta's files do. Tokens of all
+samples lie end to end in one dimension; attention never crosses from one sample to the next. Nothing but parameters
+lives on the modules, so a model on the meta device needs only its weights to run.
 """
 
 import math
@@ -77,9 +74,9 @@ class LLaMA(nn.Module):
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden) -> logits (..., vocab_size)."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden_states)
-        return F.linear(hidden_states, self.embed_tokens.weight)
+        return (
+            F.linear(hidden_states, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden_states)
+        )
 
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """(labels, hidden), (labels,) -> scalar. A chunk's logits live only while it is computed, forward or back."""
@@ -120,10 +117,10 @@ class Attention(nn.Module):
         self.index = index
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
 
     def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
         query, key, value = self.project(hidden_states, rope)
@@ -131,9 +128,8 @@ class Attention(nn.Module):
 
     def project(self, hidden_states: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, hidden) -> rotated query (tokens, heads, head_dim), rotated key, value (tokens, kv heads, .)."""
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def attend(
@@ -142,9 +138,8 @@ class Attention(nn.Module):
         """What `project` gave -> (tokens, num_heads, head_dim)."""
         if kv_cache is None:
             return causal_attention(query, key, value, samples)
-        shape = (len(samples.lengths), samples.longest)
-        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))  # (batch, heads, seq, head_dim)
-        return kv_cache.attend(self.index, q, k, v).transpose(1, 2).flatten(0, 1)
+        batch = (samples.split(t) for t in (query, key, value))  # each (batch, heads, seq, head_dim)
+        return kv_cache.attend(self.index, *batch).transpose(1, 2).flatten(0, 1)
 
 
 class MLP(nn.Module):
@@ -158,11 +153,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(recompute(swiglu, gate, up))
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+        return self.down_proj(recompute(lambda gate, up: F.silu(gate) * up, gate, up))
 
 
 class RMSNorm(nn.Module):

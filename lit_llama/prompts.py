@@ -14,7 +14,6 @@ Messages = list[dict[str, str]]
 class Template:
     """`render(messages)` is the prompt up to where the answer starts; `end`, the special token that ends an answer."""
 
-    name: str
     render: Callable[[Messages], str]
     end: str | None = None  # None: the tokenizer's EOS
 
@@ -22,8 +21,7 @@ class Template:
 def get_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template called `name`: "alpaca", "chatml", "llama3", "chat" (the checkpoint folder's own) or "none".
 
-    Raises:
-        UserError: unknown, or the tokenizer lacks what the template is made of.
+    Raises UserError where it is unknown, or the tokenizer lacks what it is made of.
     """
     if name == "chat":
         return _folder_template(tokenizer)
@@ -44,38 +42,28 @@ def encode_prompt(template: Template, tokenizer: Tokenizer, messages: Messages) 
     return tokenizer.encode(template.render(safe), special=True)
 
 
-def stop_ids(template: Template, tokenizer: Tokenizer, eos_token_ids: list[int]) -> list[int]:
-    """All token ids that end an answer; the first one is what training puts behind a response.
-
-    Raises:
-        UserError: there is none.
-    """
+def stop_ids(template: Template, tokenizer: Tokenizer, eos_token_id: int | list[int] | None) -> list[int]:
+    """All token ids that end an answer; the first is what training puts behind one. Raises UserError for none."""
     end = tokenizer.specials[template.end] if template.end is not None else tokenizer.eos_id
-    ids = dict.fromkeys(index for index in [end, tokenizer.eos_id, *eos_token_ids] if index is not None)
+    of_model = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    ids = list(dict.fromkeys(index for index in (end, tokenizer.eos_id, *of_model) if index is not None))
     if not ids:
         raise UserError(f"{tokenizer.path}: no end-of-text token there, nor in config.json (eos_token_id)")
-    return list(ids)
+    return ids
 
 
 def _alpaca(messages: Messages) -> str:
     """https://github.com/tatsu-lab/stanford_alpaca's prompt, with and without input."""
     message = _only_user_message(messages, "alpaca")
-    if message.get("input"):
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{message['content']}\n\n### Input:\n{message['input']}\n\n### Response:"
-        )
+    context = message.get("input")
     return (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{message['content']}\n\n### Response:"
+        "Below is an instruction that describes a task"
+        + (", paired with an input that provides further context. " if context else ". ")
+        + "Write a response that appropriately completes the request.\n\n"
+        + f"### Instruction:\n{message['content']}\n\n"
+        + (f"### Input:\n{context}\n\n" if context else "")
+        + "### Response:"
     )
-
-
-def _none(messages: Messages) -> str:
-    """The text as it is."""
-    return content(_only_user_message(messages, "none"))
 
 
 def _chatml(messages: Messages) -> str:
@@ -86,19 +74,16 @@ def _chatml(messages: Messages) -> str:
 
 def _llama3(messages: Messages) -> str:
     """Llama 3's instruction format, from its model card."""
-    turns = [f"{_llama3_header(message['role'])}{content(message).strip()}<|eot_id|>" for message in messages]
-    return "<|begin_of_text|>" + "".join(turns) + _llama3_header("assistant")
-
-
-def _llama3_header(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    turns = [f"{header.format(message['role'])}{content(message).strip()}<|eot_id|>" for message in messages]
+    return "<|begin_of_text|>" + "".join(turns) + header.format("assistant")
 
 
 TEMPLATES = {
-    "alpaca": Template("alpaca", _alpaca),
-    "chatml": Template("chatml", _chatml, "<|im_end|>"),
-    "llama3": Template("llama3", _llama3, "<|eot_id|>"),
-    "none": Template("none", _none),
+    "alpaca": Template(_alpaca),
+    "chatml": Template(_chatml, "<|im_end|>"),
+    "llama3": Template(_llama3, "<|eot_id|>"),
+    "none": Template(lambda messages: content(_only_user_message(messages, "none"))),
 }
 
 
@@ -109,10 +94,8 @@ def content(message: dict[str, str]) -> str:
 
 def _only_user_message(messages: Messages, template: str) -> dict[str, str]:
     if len(messages) != 1 or messages[0]["role"] != "user":
-        raise UserError(
-            f"template {template!r} holds one instruction and no system message or earlier turns. "
-            "For conversations use --template chatml, llama3 or chat"
-        )
+        hint = "For system messages and conversations use --template chatml, llama3 or chat"
+        raise UserError(f"template {template!r} holds a single instruction. {hint}")
     return messages[0]
 
 
@@ -121,16 +104,17 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    folder = tokenizer.path.parent
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.path.parent}: has no chat template. Use --template alpaca, chatml, llama3 or none")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    spelling = {index: token for token, index in tokenizer.specials.items()}
-    tokens = dict(bos_token=spelling.get(tokenizer.bos_id, ""), eos_token=spelling.get(tokenizer.eos_id, ""))
+        raise UserError(f"{folder}: has no chat template. Use --template alpaca, chatml, llama3 or none")
 
     def fail(reason: str) -> None:
         raise TemplateError(reason)
 
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = fail
+    spelling = {index: token for token, index in tokenizer.specials.items()}
+    tokens = dict(bos_token=spelling.get(tokenizer.bos_id, ""), eos_token=spelling.get(tokenizer.eos_id, ""))
 
     def render(messages: Messages, add_generation_prompt: bool = True) -> str:
         turns = [{"role": message["role"], "content": content(message)} for message in messages]
@@ -138,11 +122,11 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
             compiled = environment.from_string(tokenizer.chat_template)
             return compiled.render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
         except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"{tokenizer.path.parent}: its chat template failed ({error})") from None
+            raise UserError(f"{folder}: its chat template failed ({error})") from None
 
     # what the template puts behind an answer tells which token ends one
     answer = "answer"
     whole = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], False)
     behind = whole.rpartition(answer)[2]
     ends = sorted((behind.find(token), token) for token in tokenizer.specials if token in behind)
-    return Template("chat", render, ends[0][1] if ends else None)
+    return Template(render, ends[0][1] if ends else None)

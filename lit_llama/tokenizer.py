@@ -25,38 +25,31 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        """Raises UserError where the folder has no tokenizer or a damaged one."""
+        """Raises UserError where the folder has no tokenizer, a damaged one, or one with more tokens than the model."""
         folder = Path(checkpoint_dir)
-        self.processor = self.backend = None
-        try:
-            if (folder / "tokenizer.json").is_file():
-                from tokenizers import Tokenizer as Backend
-
-                self.path = folder / "tokenizer.json"
-                self.backend = Backend.from_file(str(self.path))
-                added = self.backend.get_added_tokens_decoder()
-                self.specials = {token.content: index for index, token in added.items() if token.special}
-                self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-                # text is text: only `encode(..., special=True)` looks for special tokens, and does so itself
-                self.backend.encode_special_tokens = True
-            elif (folder / "tokenizer.model").is_file():
-                from sentencepiece import SentencePieceProcessor
-
-                self.path = folder / "tokenizer.model"
-                self.processor = SentencePieceProcessor(model_file=str(self.path))
-                sp = self.processor
-                self.vocab_size = sp.vocab_size()
-                self.specials = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-        except Exception as error:  # both libraries raise bare Exception and RuntimeError
-            raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
-
-        if self.processor is None and self.backend is None:
+        files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+        if not files:
             raise UserError(
                 f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: "
                 "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
             )
-        options = _json_or_empty(folder / "tokenizer_config.json")
-        config = _json_or_empty(folder / "config.json")
+        self.path, self.backend, self.processor = files[0], None, None
+        try:
+            self._load()
+        except Exception as error:  # both libraries raise bare Exception and RuntimeError
+            raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
+        spellings = sorted(map(re.escape, self.specials), key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(spellings) + ")") if spellings else None
+
+        options, config = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "config.json")
+        )
+        if self.vocab_size > config.get("vocab_size", self.vocab_size):
+            raise UserError(
+                f"{self.path}: has {self.vocab_size} tokens, the model's embedding only {config['vocab_size']} "
+                "(vocab_size in config.json). Use the tokenizer that came with the model"
+            )
         self.bos_id = self._id_of(options.get("bos_token"), config.get("bos_token_id"), "bos_id")
         self.eos_id = self._id_of(options.get("eos_token"), config.get("eos_token_id"), "eos_id")
         self.adds_bos = self.bos_id is not None and bool(
@@ -67,11 +60,30 @@ class Tokenizer:
         if isinstance(self.chat_template, list):  # several named ones
             named = {entry.get("name"): entry.get("template") for entry in self.chat_template}
             self.chat_template = named.get("default")
-        spellings = sorted(self.specials, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, spellings)) + ")") if spellings else None
+
+    def _load(self) -> None:
+        if self.path.suffix == ".json":
+            from tokenizers import Tokenizer as Backend
+
+            self.backend = Backend.from_file(str(self.path))
+            added = self.backend.get_added_tokens_decoder()
+            self.specials = {token.content: index for index, token in added.items() if token.special}
+            self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            # text is text: only `encode(..., special=True)` looks for special tokens, and does so itself
+            self.backend.encode_special_tokens = True
+            self._encode = lambda text: self.backend.encode(text, add_special_tokens=False).ids
+            self._decode = lambda ids: self.backend.decode(ids, skip_special_tokens=True)
+        else:
+            from sentencepiece import SentencePieceProcessor
+
+            self.processor = sp = SentencePieceProcessor(model_file=str(self.path))
+            self.vocab_size = sp.vocab_size()
+            self.specials = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+            self._encode = sp.encode
+            self._decode = lambda ids: sp.decode([index for index in ids if index < self.vocab_size])
 
     def _id_of(self, token: str | dict | None, fallback: int | list | None, attribute: str) -> int | None:
-        """A token's id from tokenizer_config.json's spelling, else config.json's id, else SentencePiece's own."""
+        """A token's id from tokenizer_config.json's spelling, else SentencePiece's own, else config.json's."""
         spelling = token.get("content") if isinstance(token, dict) else token
         if isinstance(spelling, str):
             index = self.backend.token_to_id(spelling) if self.backend else self.specials.get(spelling)
@@ -79,20 +91,16 @@ class Tokenizer:
                 return index
         if self.processor is not None and getattr(self.processor, attribute)() >= 0:
             return getattr(self.processor, attribute)()
-        return fallback[0] if isinstance(fallback, list) and fallback else fallback if fallback != [] else None
+        return next(iter(fallback), None) if isinstance(fallback, list) else fallback
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text. Raises UserError for a lone surrogate in it, and where there is no BOS or EOS to put.
 
         Args:
             text: a special token's spelling in it is encoded as the characters that it is, unless `special`.
             bos: put BOS in front. Default: as the model was trained (`adds_bos`).
             eos: put EOS behind.
             special: for a rendered prompt template: special tokens in it are meant, except in what `protect` returned.
-
-        Raises:
-            UserError: the text holds a lone surrogate, which no encoding has; or BOS or EOS is asked for where the
-                folder defines none.
         """
         try:
             text.encode("utf-8")
@@ -104,22 +112,15 @@ class Tokenizer:
             if number % 2:
                 ids.append(self.specials[part])
             elif part:
-                ids.extend(self._encode_plain(part.replace(_MARK, "") if special else part))
-        if self.adds_bos if bos is None else bos:
-            if self.bos_id is None:
-                raise UserError(f"{self.path}: the tokenizer has no BOS token")
-            if ids[:1] != [self.bos_id]:  # a chat template may spell it out
-                ids.insert(0, self.bos_id)
-        if eos:
-            if self.eos_id is None:
-                raise UserError(f"{self.path}: the tokenizer has no EOS token")
-            ids.append(self.eos_id)
-        return ids
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if self.processor is not None:
-            return self.processor.encode(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+                ids.extend(self._encode(part.replace(_MARK, "") if special else part))
+        bos = self.adds_bos if bos is None else bos
+        if (bos and self.bos_id is None) or (eos and self.eos_id is None):
+            raise UserError(
+                f"{self.path}: the tokenizer has no {'EOS' if eos and self.eos_id is None else 'BOS'} token"
+            )
+        if bos and ids[:1] != [self.bos_id]:  # a chat template may spell it out
+            ids.insert(0, self.bos_id)
+        return [*ids, self.eos_id] if eos else ids
 
     def protect(self, text: str) -> str:
         """Text for a slot of a prompt template: special tokens' spellings in it stay text in `encode(special=True)`."""
@@ -129,16 +130,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        ids = [int(index) for index in ids]
-        if self.processor is not None:
-            return self.processor.decode([index for index in ids if index < self.vocab_size])
-        return self.backend.decode(ids, skip_special_tokens=True)
+        return self._decode([int(index) for index in ids])
 
     @property
     def sha256(self) -> str:
         """Of the tokenizer file: prepared data and model must agree on it."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-
-def _json_or_empty(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}

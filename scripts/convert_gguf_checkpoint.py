@@ -139,7 +139,7 @@ def convert(
     for gguf, name in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
         try:
             values = dequantize(tensors[gguf].data, tensors[gguf].tensor_type)
-        except NotImplementedError:
+        except Exception:  # for kinds that it only knows the names of
             kind = tensors[gguf].tensor_type.name
             raise UserError(f"{source}: {gguf} is quantized as {kind}, which the gguf package cannot read") from None
         tensor = torch.from_numpy(values.copy())

@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
-from lit_llama.checkpoint import check_new_folder, new_folder, write_file
+from lit_llama.checkpoint import check_new_folder, replacing, save_tensors
 from lit_llama.cli import run
-from lit_llama.data import check_vocabulary
 from lit_llama.prompts import Messages, encode_prompt, get_template, stop_ids
 
 
@@ -34,20 +32,19 @@ def fetch(url: str, file: Path) -> Path:
     """
     if file.is_file():
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with urllib.request.urlopen(url, timeout=60) as response, temporary.open("wb") as out:
+    try:
+        with (
+            replacing(file) as temporary,
+            urllib.request.urlopen(url, timeout=60) as response,
+            temporary.open("wb") as out,
+        ):
             size = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
                 while chunk := response.read(1 << 20):
                     out.write(chunk)
                     bar.update(len(chunk))
-                if out.tell() < size:
-                    raise UserError(f"{url}: broke off after {out.tell()} of {size} bytes. Run this again")
-
-    try:
-        write_file(file, write)
+            if out.tell() < size:
+                raise UserError(f"{url}: broke off after {out.tell()} of {size} bytes. Run this again")
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: cannot be downloaded ({error}). Get it by hand and give it with --source") from None
     return file
@@ -191,9 +188,8 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
         check_new_folder(args.data_dir)
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)
-    check_vocabulary(tokenizer, config)
     template = get_template(args.template, tokenizer)
-    end_id = stop_ids(template, tokenizer, config.eos_token_ids)[0]
+    end_id = stop_ids(template, tokenizer, config.eos_token_id)[0]
 
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = set(order[: args.val_size])
@@ -230,7 +226,8 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
         val_size=args.val_size,
         seed=args.seed,
     )
-    with new_folder(args.data_dir, replace=True) as folder:
+    with replacing(args.data_dir) as folder:
+        folder.mkdir()
         train.save(folder / "train.safetensors")
         val.save(folder / "val.safetensors")
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
@@ -258,7 +255,7 @@ class _SetWriter:
 
     def save(self, file: Path) -> None:
         parts = dict(tokens=self.tokens, offsets=self.offsets, prompt_lengths=self.prompt_lengths)
-        save_file({name: torch.from_numpy(np.array(values)) for name, values in parts.items()}, file)
+        save_tensors({name: torch.from_numpy(np.array(values)) for name, values in parts.items()}, file)
 
 
 def main(

