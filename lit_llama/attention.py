@@ -12,9 +12,7 @@ class SampleLengths:
     """How a row of tokens on `device` is cut into samples of `lengths` tokens: made once a forward pass."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.lengths = lengths
-        self.longest = max(lengths)
-        self.uniform = all(length == lengths[0] for length in lengths)
+        self.lengths, self.longest, self.uniform = lengths, max(lengths), len(set(lengths)) == 1
         self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
@@ -55,15 +53,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once.
+    """Keys and values of the tokens seen so far, allocated once, in the model's dtype."""
 
-    `keys` and `values` are (num_layers, batch, num_key_value_heads, max_seq_length, head_dim) in the model's dtype;
-    `length` is how many positions hold something.
-    """
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
+    keys: Tensor  # (num_layers, batch, num_key_value_heads, max_seq_length, head_dim)
+    values: Tensor  # the same
+    length: int = 0  # how many positions hold something
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store the new tokens' keys and values behind those of the `length` tokens before, and attend to all.

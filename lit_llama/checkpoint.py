@@ -40,9 +40,9 @@ def load_model(
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     surplus = source.places.keys() - wanted.keys() - {"lm_head.weight"}  # some tied checkpoints store the head too
     if surplus:
-        raise UserError(f"{checkpoint_dir}: {_some(surplus)} in the weights but not in config.json's model")
+        raise UserError(f"{checkpoint_dir}: the weights hold {sorted(surplus)[:3]}, config.json's model does not")
     if missing := wanted.keys() - source.places.keys():
-        raise UserError(f"{checkpoint_dir}: the weights lack {_some(missing)}. Download the folder again")
+        raise UserError(f"{checkpoint_dir}: the weights lack {sorted(missing)[:3]}. Download the folder again")
     for name, shape in wanted.items():
         tensor, (module, _, leaf) = source.read(name), name.rpartition(".")
         if tuple(tensor.shape) != shape:
@@ -96,10 +96,8 @@ def _weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name or not (folder / name).is_file():
                 raise UserError(f"{index}: names {name}, which is not in this folder. Download the folder again")
         return [folder / name for name in names]
-    raise UserError(
-        f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: "
-        "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-    )
+    hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: {hint}")
 
 
 @contextmanager
@@ -138,10 +136,8 @@ def save_checkpoint(
 ) -> None:
     """Write a model folder that `transformers` and `load_model` read, whole or not at all.
 
-    Args:
-        tensors: our names and tensors of one dtype, on any device; a generator needs no more memory than one shard of
-            5 GB.
-        files: further files by name, such as `tokenizer_files` of another folder.
+    `tensors` are of one dtype, under our names; a generator of them needs no more memory than one shard of 5 GB.
+    `files` are further files by name, such as `tokenizer_files` of another folder.
     """
     check_new_folder(folder)
     with replacing(folder) as temporary:
@@ -190,7 +186,7 @@ def check_new_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path for a file or folder that takes the place of `path`, whole, once the block has ended.
 
-    It is flushed before and removed if the block ends in an error: readers see the old one or the new one.
+    It is flushed before, and removed if the block ends in an error: readers see the old one or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
@@ -213,9 +209,3 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _some(names: Iterable[str]) -> str:
-    """Up to three of the names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

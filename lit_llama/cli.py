@@ -34,8 +34,9 @@ def run(main: Callable) -> None:
     except UserError as error:
         _fail(str(error))
     except torch.OutOfMemoryError as error:
-        hint = "lower --train.micro_batch_tokens or --max_new_tokens"
-        _fail(f"the GPU's memory is used up ({str(error).splitlines()[0]}); {hint}")
+        _fail(
+            f"GPU memory is used up, lower --train.micro_batch_tokens or --max_new_tokens ({str(error).split('.')[0]})"
+        )
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

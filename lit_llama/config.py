@@ -57,10 +57,8 @@ class LLaMAConfig:
         folder = Path(checkpoint_dir)
         path = folder / "config.json"
         if not path.is_file():
-            raise UserError(
-                f"{folder}: no config.json there. Download a model first: "
-                "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-            )
+            hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+            raise UserError(f"{folder}: no config.json there. Download a model first: {hint}")
         raw = read_json(path)
         supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu", None), "sliding_window": (None,)}
         for key, values in supported.items():
@@ -101,10 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError where it is missing, no UTF-8 JSON, or something else than that."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Download or write this file again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Download or write this file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, holds {type(value).__name__}")
     return value

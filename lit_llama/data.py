@@ -14,16 +14,13 @@ from lit_llama.tokenizer import Tokenizer
 
 
 class PreparedSet:
-    """The samples of one `train.safetensors` or `val.safetensors`, memory-mapped.
+    """The samples of one `train.safetensors` or `val.safetensors`. Raises UserError where that is not what it is.
 
-    Attributes:
-        tokens: (all tokens,) int32.
-        lengths: tokens in each sample.
-        label_counts: tokens with a label in each sample.
+    `tokens` (all tokens,) int32 is memory-mapped; `lengths` and `label_counts` are tokens, and tokens with a label, in
+    each sample.
     """
 
     def __init__(self, file: Path) -> None:
-        """Raises UserError where the file is damaged or is no prepared set."""
         tensors, _ = read_tensors(file)
         if tensors.keys() != {"tokens", "offsets", "prompt_lengths"}:
             raise UserError(f"{file}: not a prepared set. Make one with scripts/prepare_*.py")

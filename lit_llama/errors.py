@@ -2,8 +2,4 @@
 
 
 class UserError(Exception):
-    """Carries one line for the user: what is wrong, in which file or flag, and what mends it.
-
-    Scripts print the line without a traceback and exit with status 1; anything else that is raised is a bug
-    and keeps its traceback.
-    """
+    """One line: what is wrong, in which file or flag, and what mends it. Scripts print it without a traceback."""

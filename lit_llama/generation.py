@@ -38,7 +38,7 @@ class Sampling:
         good = self.temperature >= 0 and self.max_new_tokens >= 0 and 0 < self.top_p <= 1
         if not good or (self.top_k is not None and self.top_k < 1):
             raise UserError(
-                "--temperature and --max_new_tokens should be from 0 on, --top_p in (0, 1], --top_k at least 1"
+                "--temperature, --max_new_tokens: should be from 0 on, --top_p in (0, 1], --top_k from 1 on"
             )
 
 
@@ -67,22 +67,17 @@ def generate(
 def stream(
     model: LLaMA, input_ids: Tensor, sampling: Sampling, eos_id: int | Collection[int] | None = None
 ) -> Iterator[Tensor]:
-    """Yield the tokens that follow each row of `input_ids` as they are decoded; the arguments are `generate`'s.
+    """Yield the tokens (batch,) that follow the rows of `input_ids` as they are decoded, those that end them included.
 
-    Raises UserError where prompt and new tokens exceed the model's context.
-
-    Yields:
-        (batch,) int64, the next token of each row, the one that ends it included.
+    The arguments are `generate`'s. Raises UserError where prompt and new tokens exceed the model's context.
     """
     (batch_size, seq), device = input_ids.shape, input_ids.device
     max_new_tokens, context = sampling.max_new_tokens, model.config.max_position_embeddings
     if seq == 0:
         raise UserError("the prompt is empty, and this model has no BOS token to start from. Give --prompt some text")
     if seq + max_new_tokens > context:
-        raise UserError(
-            f"the prompt has {seq} tokens and --max_new_tokens asks for {max_new_tokens} more, "
-            f"the model's context holds {context}. Shorten one of them"
-        )
+        asked = f"the prompt has {seq} tokens and --max_new_tokens asks for {max_new_tokens} more"
+        raise UserError(f"{asked}, the model's context holds {context}. Shorten one of them")
     ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
     end_ids = torch.tensor(ends, dtype=torch.long, device=device)
     generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
@@ -128,8 +123,8 @@ def answer(
     """
     device = model.embed_tokens.weight.device
     how = get_template(template, tokenizer)
-    message = {"role": "user", "content": prompt, "input": input}
-    input_ids = torch.tensor([encode_prompt(how, tokenizer, [message])], dtype=torch.long, device=device)
+    prompt_ids = encode_prompt(how, tokenizer, [{"role": "user", "content": prompt, "input": input}])
+    input_ids = torch.tensor([prompt_ids], dtype=torch.long, device=device)
     ends = stop_ids(how, tokenizer, model.config.eos_token_id)
     for number in range(num_samples):
         started = time.perf_counter()
@@ -137,8 +132,8 @@ def answer(
         for new_tokens, piece in enumerate(pieces(tokenizer, map(int, tokens))):  # noqa: B007, used below
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - started
-        speed = f"{seconds:.2f} seconds total, {new_tokens / seconds:.2f} tokens/sec"
         print(flush=True)
+        speed = f"{seconds:.2f} seconds total, {new_tokens / seconds:.2f} tokens/sec"
         print(f"Time for inference {number + 1}: {speed}", file=sys.stderr)
     print(f"Memory used: {peak_memory_bytes(device) / 1e9:.2f} GB", file=sys.stderr)
 

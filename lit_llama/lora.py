@@ -71,13 +71,6 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
-    def merged(self) -> nn.Linear:
-        """The plain layer with W' = W + alpha / r * B A, computed in fp32 and rounded once."""
-        update = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
-        weight = (self.base.weight.float() + update).to(self.base.weight.dtype)
-        self.base.weight = nn.Parameter(weight.detach(), requires_grad=False)  # never in place: it may be a mapped file
-        return self.base
-
 
 def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
     """Put a `LoRALinear` around each target layer, in place, and freeze the base. Raises UserError: unknown target."""
@@ -102,17 +95,20 @@ def freeze_base(model: LLaMA) -> None:
 
 
 def merge_lora(model: LLaMA) -> None:
-    """Add every LoRA to its base weight and take the LoRA modules out, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            _replace(model, name, module.merged())
+    """Give each base layer W' = W + alpha / r * B A, computed in fp32 and rounded once, and take the LoRAs out."""
+    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, lora in loras.items():
+        weight = lora.base.weight.float() + lora.scaling * (lora.lora_B.weight @ lora.lora_A.weight)
+        # a new tensor, never in place: the old one may be the mapped file itself
+        lora.base.weight = nn.Parameter(weight.detach().to(lora.base.weight.dtype), requires_grad=False)
+        _replace(model, name, lora.base)
 
 
 def save_lora(model: LLaMA, path: str | Path, config: LoRAConfig, base_model: str = "", template: str = "") -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) as PEFT does.
 
     Args:
-        path: the folder; made if absent.
+        path: the folder.
         base_model: the base's folder or hub name, for `base_model_name_or_path`.
         template: the prompt template of the training, for `lora_template`; goes into the safetensors header.
     """

@@ -43,18 +43,14 @@ class LLaMA(nn.Module):
         labels: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        """Predict each token's successor.
+        """Predict each token's successor: logits (*input_ids.shape, vocab_size) in the compute dtype.
 
         Args:
             input_ids: (batch, seq) or, for samples laid end to end, (tokens,), int64 or int32.
             lengths: tokens in each sample, adding up to the number of tokens. Default: every row is one sample.
-            positions: (labels,) which tokens, counted over the flattened input, to compute logits for. Default: all.
-            labels: (labels,) the successors at `positions`; asks for the cross entropy summed over them.
+            positions: (labels,) tokens, counted over the flattened input, for the logits of these only.
+            labels: (labels,) the successors at `positions`; asks for the cross entropy summed over them, a fp32 scalar.
             kv_cache: what `make_kv_cache` returned; `input_ids` (batch, seq) continue the tokens already in it.
-
-        Returns:
-            logits in the compute dtype, (*input_ids.shape, vocab_size) or with `positions` (labels, vocab_size);
-            with `labels` their loss, a scalar in fp32.
         """
         rows, seq = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
         samples = SampleLengths(lengths or [seq] * rows, input_ids.device)

@@ -56,14 +56,12 @@ def _alpaca(messages: Messages) -> str:
     """https://github.com/tatsu-lab/stanford_alpaca's prompt, with and without input."""
     message = _only_user_message(messages, "alpaca")
     context = message.get("input")
+    paired = ", paired with an input that provides further context" if context else ""
     return (
-        "Below is an instruction that describes a task"
-        + (", paired with an input that provides further context. " if context else ". ")
-        + "Write a response that appropriately completes the request.\n\n"
-        + f"### Instruction:\n{message['content']}\n\n"
-        + (f"### Input:\n{context}\n\n" if context else "")
-        + "### Response:"
-    )
+        f"Below is an instruction that describes a task{paired}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{message['content']}\n\n" + (f"### Input:\n{context}\n\n" if context else "")
+    ) + "### Response:"
 
 
 def _chatml(messages: Messages) -> str:

@@ -16,6 +16,8 @@ _MARK = "\ufdd1"
 class Tokenizer:
     """`tokenizer.json` through `tokenizers`, or `tokenizer.model` through `sentencepiece`.
 
+    Raises UserError where the folder has none, a damaged one, or one with more tokens than the model's embedding.
+
     Attributes:
         bos_id, eos_id: from the folder's files, None where it has none.
         adds_bos: whether the model was trained with BOS in front of its text.
@@ -25,26 +27,21 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        """Raises UserError where the folder has no tokenizer, a damaged one, or one with more tokens than the model."""
         folder = Path(checkpoint_dir)
         files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
         if not files:
-            raise UserError(
-                f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: "
-                "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-            )
+            hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
+            raise UserError(f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: {hint}")
         self.path, self.backend, self.processor = files[0], None, None
         try:
             self._load()
         except Exception as error:  # both libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
         spellings = sorted(map(re.escape, self.specials), key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(spellings) + ")") if spellings else None
+        self._special_pattern = re.compile("(" + ("|".join(spellings) or "(?!)") + ")")  # (?!) never matches
 
-        options, config = (
-            read_json(folder / name) if (folder / name).is_file() else {}
-            for name in ("tokenizer_config.json", "config.json")
-        )
+        paths = (folder / "tokenizer_config.json", folder / "config.json")
+        options, config = (read_json(path) if path.is_file() else {} for path in paths)
         if self.vocab_size > config.get("vocab_size", self.vocab_size):
             raise UserError(
                 f"{self.path}: has {self.vocab_size} tokens, the model's embedding only {config['vocab_size']} "
@@ -55,11 +52,10 @@ class Tokenizer:
         self.adds_bos = self.bos_id is not None and bool(
             options.get("add_bos_token", self.backend is None or self.bos_id in self.backend.encode("a").ids[:1])
         )
-        jinja_file = folder / "chat_template.jinja"
-        self.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else options.get("chat_template")
-        if isinstance(self.chat_template, list):  # several named ones
-            named = {entry.get("name"): entry.get("template") for entry in self.chat_template}
-            self.chat_template = named.get("default")
+        jinja_file, template = folder / "chat_template.jinja", options.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        self.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else template
 
     def _load(self) -> None:
         if self.path.suffix == ".json":
@@ -107,8 +103,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text holds a lone surrogate at character {error.start}: not valid Unicode") from None
         ids: list[int] = []
-        parts = self._special_pattern.split(text) if special and self._special_pattern else [text]
-        for number, part in enumerate(parts):
+        for number, part in enumerate(self._special_pattern.split(text) if special else [text]):
             if number % 2:
                 ids.append(self.specials[part])
             elif part:
@@ -124,8 +119,6 @@ class Tokenizer:
 
     def protect(self, text: str) -> str:
         """Text for a slot of a prompt template: special tokens' spellings in it stay text in `encode(special=True)`."""
-        if self._special_pattern is None:
-            return text
         return self._special_pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
 
     def decode(self, ids: Sequence[int]) -> str:

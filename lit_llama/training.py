@@ -76,10 +76,9 @@ class TrainArgs:
 
 
 class Run:
-    """What a run works with: devices, data and folder, all that can be checked before a model is loaded.
+    """A run's devices, data and folder: all that can be checked before a model is loaded. Raises UserError if it fails.
 
-    `resume` goes on from the newest checkpoint in `out_dir`; the other arguments are the flags of finetune/*.py. Raises
-    UserError where something is missing or does not fit together.
+    The arguments are the flags of finetune/*.py.
     """
 
     def __init__(
@@ -89,18 +88,13 @@ class Run:
         config = LLaMAConfig.from_checkpoint(checkpoint_dir)
         self.train_set, self.val_set, meta = open_prepared(data_dir, Tokenizer(checkpoint_dir), config)
         self.template = meta["template"]
-        if out_dir.exists() and not out_dir.is_dir():
-            raise UserError(f"{out_dir}: is a file. Give another --out_dir")
-        if resume and not out_dir.is_dir():
+        if resume and not (out_dir / "config.yaml").is_file():
             raise UserError(f"{out_dir}: no run there to resume. Start one without --resume")
-        if not resume and out_dir.exists() and any(out_dir.iterdir()):
+        if not resume and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             raise UserError(f"{out_dir}: holds another run. Go on with it: --resume true; or give another --out_dir")
         self.fabric = make_fabric(devices, num_nodes, precision)
-        self.weight_dtype = PRECISIONS[precision]
-        self.out_dir, self.seed, self.resume = out_dir, seed, resume
+        self.out_dir, self.seed, self.resume, self.weight_dtype = out_dir, seed, resume, PRECISIONS[precision]
         torch.manual_seed(seed)
-        with replacing(out_dir / "config.yaml") as file:
-            file.write_text(used_flags(), "utf-8")
 
 
 def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None]) -> None:
@@ -111,7 +105,6 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
 
     Args:
         model: a LLaMA in which a method has made its parameters trainable (fp32).
-        args: the recipe.
         save: writes what was trained into a folder, in the method's format.
     """
     fabric, train_set, device = run.fabric, run.train_set, run.fabric.device
@@ -127,13 +120,13 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
     first_step = load_state(saved[-1], trained, optimizer) if saved else 0
     if first_step >= num_steps:
         raise UserError(f"{run.out_dir}: is at step {first_step} of {num_steps}, done. Raise --train.epochs to go on")
+    with replacing(run.out_dir / "config.yaml") as file:
+        file.write_text(used_flags(), "utf-8")
     start_metrics(run.out_dir / "metrics.csv", first_step)
     model, optimizer = fabric.setup_module(model), fabric.setup_optimizers(optimizer)
     count, whole = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
     print(f"training {count:,} of {whole:,} parameters on {device}, {num_steps} steps of {args.batch_size} samples")
     warmup = min(args.warmup_steps, num_steps // 2)
-    if warmup < args.warmup_steps:
-        print(f"warm-up: {warmup} steps, half of this run, not {args.warmup_steps}")
     started = time.perf_counter()
     first_val_loss = val_loss = evaluate(run, model, args)
     if val_loss is not None:
@@ -229,10 +222,7 @@ def save_state(
 
 @torch.no_grad()
 def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_state` wrote into parameters and optimizer; return how many steps the run has behind it.
-
-    Raises UserError where it is damaged, or of another model or method.
-    """
+    """Read what `save_state` wrote; return how many steps the run has behind it. Raises UserError: another model's."""
     tensors, _ = read_tensors(folder / STATE_FILE)
     shapes = {name: tensor.shape for name, tensor in tensors.items() if "/" not in name}
     if shapes != {name: parameter.shape for name, parameter in trained.items()}:
