@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _checked_rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """`rope` without rope_theta, or None where positions are not scaled. Raises UserError for other kinds."""
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else repr(rope)
     required = {"default": [], "linear": ["factor"], "llama3": ["factor", *list(LLAMA3_ROPE)[1:]]}
     if kind not in required:
         raise UserError(f"{path}: rope type {kind!r} is not supported. Supported: {', '.join(required)}")

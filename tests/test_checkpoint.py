@@ -1,0 +1,157 @@
+"""Model folders in every layout of the hub, written and read; what a crash leaves behind; peak memory of loading."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_hf_model, save_checkpoint_folder
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lit_llama.checkpoint
+from lit_llama import UserError, load_model
+from lit_llama.checkpoint import replacing, save_checkpoint, tokenizer_files
+
+INPUT_IDS = torch.arange(30)[None]
+
+
+@torch.no_grad()
+def assert_same_logits(hf_model, folder: Path) -> None:
+    expected = hf_model(INPUT_IDS).logits
+    torch.testing.assert_close(load_model(folder, dtype=torch.float32)(INPUT_IDS), expected, atol=1e-4, rtol=0)  # fp32
+
+
+def save_bin(model, folder: Path, shards: int) -> None:
+    """As transformers before 5 wrote it."""
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    state = dict(model.state_dict())
+    names = sorted(state)
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = {name: state[name] for name in names[number::shards]}
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(str({"metadata": {}, "weight_map": weight_map}).replace("'", '"'))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+def test_every_layout_of_the_hub_loads(tmp_path: Path, layout: str, tied: bool) -> None:
+    hf_model = make_hf_model(tie_word_embeddings=tied)
+    if layout == "safetensors":
+        hf_model.save_pretrained(tmp_path)
+    elif layout == "sharded safetensors":
+        hf_model.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    else:
+        save_bin(hf_model, tmp_path, 1 if layout == "bin" else 3)
+    assert_same_logits(hf_model, tmp_path)
+
+
+def test_bin_of_before_torch_1_6_loads(tmp_path: Path) -> None:
+    hf_model = make_hf_model()
+    hf_model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(hf_model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same_logits(hf_model, tmp_path)
+
+
+def test_rotary_buffers_of_old_exports_are_left_out(tmp_path: Path) -> None:
+    hf_model = make_hf_model()
+    save_bin(hf_model, tmp_path, 1)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same_logits(hf_model, tmp_path)
+
+
+def test_weights_are_frozen_and_rounded_to_the_dtype(tmp_path: Path) -> None:
+    hf_model = make_hf_model()
+    hf_model.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert not model.training
+    expected = {name.removeprefix("model."): value.bfloat16() for name, value in hf_model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, expected[name])
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 60_000], ids=["one file", "shards"])
+def test_saved_folder_loads_in_transformers_and_here(tmp_path: Path, monkeypatch, max_bytes: int) -> None:
+    monkeypatch.setattr(lit_llama.checkpoint, "MAX_SHARD_BYTES", max_bytes)
+    hf_model = save_checkpoint_folder(tmp_path / "from", num_key_value_heads=2)
+    model = load_model(tmp_path / "from", dtype=torch.float32)
+    save_checkpoint(tmp_path / "to", model.config, model.named_parameters(), tokenizer_files(tmp_path / "from"))
+    files = list((tmp_path / "to").glob("*.safetensors"))
+    assert (len(files) > 1) == (max_bytes < 10**9)
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= max_bytes for file in files)
+    assert_same_logits(hf_model, tmp_path / "to")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
+    assert_same_logits(theirs, tmp_path / "from")
+    assert (tmp_path / "to/tokenizer.json").read_bytes() == (tmp_path / "from/tokenizer.json").read_bytes()
+    assert {file.stat().st_mode & 0o777 for file in files} == {(tmp_path / "to/config.json").stat().st_mode & 0o777}
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    file.write_text("old")
+    for path in (folder, file):
+        with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
+            if path == folder:
+                temporary.mkdir()
+                (temporary / "new").write_text("half")
+            else:
+                temporary.write_text("half")
+            raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert file.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_replacing_puts_the_whole_new_one_in_place(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for name in ("first", "second"):
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+            assert not (folder / name).exists()
+        assert [path.name for path in folder.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    model = load_model(tiny_checkpoint)
+    with pytest.raises(UserError, match="exists already"):
+        save_checkpoint(tmp_path, model.config, model.named_parameters(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+PEAK = """
+import resource, sys, torch
+from lit_llama import load_model
+folder, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+torch.zeros(8, 8).to(torch.bfloat16)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load_model(folder, dtype=dtype)
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["as stored", "rounded"])
+def test_loading_takes_less_than_1_2_times_the_models_memory(tmp_path: Path, dtype: str) -> None:
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)
+    make_hf_model(**sizes).save_pretrained(tmp_path)  # 400 MB
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path, dtype], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.2

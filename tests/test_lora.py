@@ -1,0 +1,242 @@
+"""LoRA against `peft`: files both ways, merging, and a training run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script, make_hf_model, save_checkpoint_folder
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lit_llama import LLaMA, UserError, load_model
+from lit_llama.data import PreparedSet, step_samples
+from lit_llama.distributed import make_fabric
+from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, lora_template, merge_lora, save_lora
+from lit_llama.training import Run, TrainArgs, fit
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+INPUT_IDS = torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_hf_model(num_key_value_heads=2).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def randomized(model: LLaMA) -> LLaMA:
+    """B away from zero, where a LoRA does nothing."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def with_lora(folder: Path, **settings) -> tuple[LLaMA, LoRAConfig]:
+    model, config = load_model(folder, dtype=torch.float32), LoRAConfig(**settings)
+    apply_lora(model, config)
+    return randomized(model).eval(), config
+
+
+def peft_model(folder: Path, path: Path | None = None, **settings) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if path is not None:
+        return PeftModel.from_pretrained(base, path).eval()
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.3  # else an absolute tolerance says nothing
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)  # fp32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["q, v", "all"])
+def test_our_lora_gives_the_same_logits_in_peft(folder: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    model, config = with_lora(folder, r=4, alpha=12, targets=targets)
+    save_lora(model, tmp_path / "lora", config, base_model=str(folder))
+    base = load_model(folder, dtype=torch.float32)(INPUT_IDS)
+    assert (model(INPUT_IDS) - base).std() > 0.1
+    assert_close(model(INPUT_IDS), peft_model(folder, tmp_path / "lora")(INPUT_IDS).logits)
+
+
+PEFT_SETTINGS = {
+    "q, v": dict(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"]),
+    "all linear": dict(r=4, lora_alpha=12, target_modules="all-linear"),
+    "patterns": dict(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 6},
+        alpha_pattern={"layers.1.self_attn.q_proj": 3},
+    ),
+    "regular expression": dict(r=2, target_modules=r".*layers\.1\.(self_attn|mlp)\.(k|up)_proj"),
+    "one layer": dict(r=2, target_modules=["o_proj"], layers_to_transform=[1], layers_pattern="layers"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", PEFT_SETTINGS.values(), ids=PEFT_SETTINGS)
+def test_pefts_lora_gives_the_same_logits_here(folder: Path, tmp_path: Path, settings: dict) -> None:
+    theirs = randomized(peft_model(folder, **settings)).eval()
+    theirs.save_pretrained(tmp_path / "lora")
+    model = load_model(folder, dtype=torch.float32)
+    config = load_lora(model, tmp_path / "lora")
+    assert_close(model(INPUT_IDS), theirs(INPUT_IDS).logits)
+    assert config.r == settings["r"]
+    assert not model.training
+
+
+@torch.no_grad()
+def test_merged_equals_unmerged_and_leaves_a_plain_model(folder: Path) -> None:
+    model, _ = with_lora(folder, r=4, targets=ALL)
+    expected = model(INPUT_IDS)
+    before = (folder / "model.safetensors").read_bytes()
+    merge_lora(model)
+    assert_close(model(INPUT_IDS), expected)
+    names = set(load_model(folder).state_dict())
+    assert set(model.state_dict()) == names
+    assert (folder / "model.safetensors").read_bytes() == before  # whose mapped pages the weights were
+
+
+@torch.no_grad()
+def test_merging_into_bf16_rounds_once(folder: Path) -> None:
+    model, _ = with_lora(folder, r=4)
+    exact = load_model(folder, dtype=torch.float32)
+    merged = load_model(folder, dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            setattr(merged.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+            module.base.weight = torch.nn.Parameter(module.base.weight.bfloat16(), requires_grad=False)
+    expected = {
+        name: (exact.get_submodule(name).weight.bfloat16().double() + module.scaling * product(module)).float()
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
+    merge_lora(merged)
+    for name, weight in expected.items():
+        actual = merged.get_submodule(name).weight
+        assert actual.dtype == torch.bfloat16
+        # at most the nearest bf16 number away: half a unit in the last of 8 bits
+        assert ((actual.float() - weight).abs() <= weight.abs() * 2**-8).all()
+
+
+def product(module: LoRALinear) -> Tensor:
+    return module.lora_B.weight.double() @ module.lora_A.weight.double()
+
+
+def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.float32).requires_grad_(True)
+    expected = model(INPUT_IDS)
+    torch.manual_seed(0)
+    apply_lora(model, LoRAConfig(r=4, targets=ALL))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    theirs = peft_model(folder, r=4, target_modules=list(ALL))
+    assert len(trained) == sum(parameter.requires_grad for parameter in theirs.parameters())
+    torch.testing.assert_close(model(INPUT_IDS), expected, atol=0, rtol=0)
+    # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in_features)
+    weight = model.layers[0].mlp.down_proj.lora_A.weight
+    assert 0.9 / 8 < weight.abs().max() <= 1 / 8
+
+
+def test_template_is_in_the_file_and_absent_from_pefts(folder: Path, tmp_path: Path) -> None:
+    model, config = with_lora(folder)
+    save_lora(model, tmp_path / "ours", config, template="chatml")
+    assert lora_template(tmp_path / "ours") == "chatml"
+    peft_model(folder, r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "theirs")
+    assert lora_template(tmp_path / "theirs") is None
+
+
+def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> None:
+    model, config = with_lora(folder, r=4, alpha=12, dropout=0.1)
+    save_lora(model, tmp_path / "ours", config, base_model="base")
+    settings = dict(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    peft_model(folder, **settings).save_pretrained(tmp_path / "theirs")
+    names = []
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        with safe_open(path / "adapter_model.safetensors", "pt") as handle:
+            names.append({name: handle.get_tensor(name).shape for name in handle.keys()})  # noqa: SIM118
+    assert names[0] == names[1]
+    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
+    for key, value in ours.items():
+        if key == "target_modules":
+            assert sorted(value) == sorted(theirs[key])
+        elif key != "base_model_name_or_path":
+            assert value == theirs[key], key
+
+
+@pytest.mark.parametrize("setting", [dict(use_dora=True), dict(use_rslora=True), dict(bias="all")], ids=str)
+def test_what_is_not_supported_is_refused(folder: Path, tmp_path: Path, setting: dict) -> None:
+    peft_model(folder, r=4, target_modules=["q_proj"], **setting).save_pretrained(tmp_path / "lora")
+    with pytest.raises(UserError, match=f"{next(iter(setting))} is .*not supported"):
+        load_lora(load_model(folder), tmp_path / "lora")
+
+
+def test_merged_folder_loads_in_transformers(tmp_path: Path) -> None:
+    save_checkpoint_folder(tmp_path / "base")
+    model, config = with_lora(tmp_path / "base", r=4)
+    save_lora(model, tmp_path / "lora", config, base_model=str(tmp_path / "base"))
+    load_script("scripts/merge_lora.py").main(tmp_path / "lora", tmp_path / "merged", precision="32-true")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(theirs(INPUT_IDS).logits, model(INPUT_IDS))
+    assert (tmp_path / "merged/tokenizer.json").is_file()
+
+
+def make_run(checkpoint: Path, data: Path, out_dir: Path, **settings) -> Run:
+    defaults = dict(devices=1, num_nodes=1, precision="32-true", seed=7, resume=False)
+    return Run(checkpoint_dir=checkpoint, data_dir=data, out_dir=out_dir, **(defaults | settings))
+
+
+def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+    """Same start, same samples: our padding-free loop against `peft`, `torch` and one sample at a time."""
+    config = LoRAConfig(r=4, alpha=16, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
+    run = make_run(tiny_checkpoint, tiny_data, tmp_path / "out")
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
+    apply_lora(model, config)
+    save_lora(model, tmp_path / "start", config)
+    args = TrainArgs(batch_size=4, micro_batch_tokens=256, max_steps=20, learning_rate=1e-2, schedule="constant")
+    args.warmup_steps, args.max_grad_norm, args.weight_decay = 0, 0.5, 0.1
+    fit(run, model, args, lambda path: save_lora(model, path, config))
+    rows = [line.split(",") for line in (tmp_path / "out/metrics.csv").read_text().splitlines()[1:]]
+    losses, norms = ([float(row[column]) for row in rows] for column in (3, 6))
+
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32),
+        tmp_path / "start",
+        is_trainable=True,
+    )
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, betas=(0.9, 0.999), weight_decay=0.1)
+    data = PreparedSet(tiny_data / "train.safetensors")
+    expected, expected_norms = [], []
+    for step in range(20):
+        total, count = torch.zeros(()), 0
+        for index in step_samples(step, 4, 80, len(data), seed=7):
+            start = sum(data.lengths[:index])
+            ids = data.tokens[start : start + data.lengths[index]].long()[None]
+            labels = ids.clone()
+            labels[:, : data.lengths[index] - data.label_counts[index]] = -100
+            total += theirs(ids, labels=labels).loss * data.label_counts[index]
+            count += data.label_counts[index]
+        optimizer.zero_grad()
+        (total / count).backward()
+        expected_norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 0.5)))
+        optimizer.step()
+        expected.append(float(total.detach()) / count)
+    assert expected[-1] < expected[0] - 0.5  # it learns something
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(norms, expected_norms, atol=0, rtol=1e-2)
+    final = peft_model(tiny_checkpoint, tmp_path / "out")
+    for (name, ours), reference in zip(final.named_parameters(), theirs.parameters(), strict=True):
+        if "lora" in name:
+            torch.testing.assert_close(ours, reference, atol=1e-3, rtol=0)  # twenty steps of 1e-2
+
+
+def test_fabric_is_made_for_one_device_only() -> None:
+    with pytest.raises(UserError, match="one device"):
+        make_fabric(2, 1, "32-true")
