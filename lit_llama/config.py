@@ -35,7 +35,7 @@ class LLaMAConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of `config.json` that do not change the forward pass; written back by `save`."""
 
     @classmethod

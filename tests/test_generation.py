@@ -1,0 +1,119 @@
+"""Decoding against `transformers`: greedy, sampling, ends; text as it streams."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script, make_hf_model
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lit_llama import Tokenizer, UserError, load_model
+from lit_llama.generation import Sampling, generate, pieces, sample
+from lit_llama.lora import LoRAConfig, apply_lora, save_lora
+
+INPUT_IDS = torch.randint(3, 384, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("model")
+    hf_model = make_hf_model(num_key_value_heads=2)
+    hf_model.save_pretrained(folder)
+    return hf_model, load_model(folder, dtype=torch.float32)
+
+
+def test_greedy_matches_transformers(pair) -> None:
+    hf_model, model = pair
+    expected = hf_model.generate(INPUT_IDS, do_sample=False, max_new_tokens=20, eos_token_id=-1)
+    assert generate(model, INPUT_IDS, 20, temperature=0).tolist() == expected.tolist()
+    assert generate(model, INPUT_IDS[1], 20, temperature=0).tolist() == expected[1].tolist()
+
+
+def test_rows_end_like_those_of_transformers(pair) -> None:
+    hf_model, model = pair
+    free = generate(model, INPUT_IDS, 20, temperature=0)[:, 12:]
+    ends = [int(free[0, 3]), int(free[1, 8])]  # each row meets one of them at another place, or none
+    settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=ends[0])
+    expected = hf_model.generate(INPUT_IDS, **settings)
+    assert generate(model, INPUT_IDS, 20, temperature=0, eos_id=ends).tolist() == expected.tolist()
+    alone = generate(model, INPUT_IDS[0], 20, temperature=0, eos_id=ends[0])
+    assert len(alone) == 12 + 1 + free[0].tolist().index(ends[0])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 10**6])
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+def test_probabilities_are_those_of_transformers(
+    monkeypatch, temperature: float, top_k: int | None, top_p: float
+) -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    drawn_from = []
+
+    def multinomial(probabilities, count, generator):
+        drawn_from.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    sample(logits, Sampling(1, temperature, top_k, top_p))
+    actual = drawn_from[0] / drawn_from[0].sum(-1, keepdim=True)
+    torch.testing.assert_close(actual, expected.softmax(-1), atol=1e-5, rtol=0)  # fp32
+
+
+def test_seed_decides(pair) -> None:
+    _, model = pair
+    texts = [generate(model, INPUT_IDS, 20, temperature=1.5, seed=seed).tolist() for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    state = torch.get_rng_state()
+    generate(model, INPUT_IDS, 2, temperature=1.5, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().repeat(20_000, 1)
+    counts = sample(logits, Sampling(1), torch.Generator().manual_seed(0)).bincount()
+    # a standard deviation of 0.003
+    torch.testing.assert_close(counts / 20_000, torch.tensor([0.1, 0.2, 0.7]), atol=0.015, rtol=0)
+
+
+def test_prompt_that_does_not_fit_is_refused(pair) -> None:
+    _, model = pair
+    with pytest.raises(UserError, match=r"prompt has 12 tokens.*501 more.*holds 512"):
+        generate(model, INPUT_IDS, 501)
+    assert generate(model, INPUT_IDS, 0).shape == (3, 12)
+
+
+@pytest.mark.parametrize("values", [dict(temperature=-0.1), dict(top_p=0.0), dict(top_k=0), dict(max_new_tokens=-1)])
+def test_settings_out_of_range_are_refused(values: dict) -> None:
+    with pytest.raises(UserError, match="should be"):
+        Sampling(**(dict(max_new_tokens=1) | values))
+
+
+def test_streamed_text_holds_back_half_a_character(tiny_checkpoint: Path) -> None:
+    tokenizer = Tokenizer(tiny_checkpoint)
+    ids = tokenizer.encode("né 🦙!", bos=False)  # bytes of a character are tokens of their own here
+    parts = list(pieces(tokenizer, ids))
+    assert "".join(parts) == "né 🦙!"
+    assert len(parts) == len(ids) + 1
+    assert {part for part in parts if part} == {"n", "é", " ", "🦙", "!"}
+    assert "".join(pieces(tokenizer, ids[:-2])) == "né \ufffd"  # cut off within one
+    assert list(pieces(tokenizer, [])) == [""]
+
+
+def test_scripts_print_answers_and_three_figures(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
+    settings = dict(max_new_tokens=10, temperature=0.0, precision="32-true")
+    base = load_script("generate/base.py").main
+    base("Hello", checkpoint_dir=tiny_checkpoint, num_samples=2, template="alpaca", **settings)
+    printed = capsys.readouterr()
+    assert "Time for inference 2: " in printed.err
+    assert "tokens/sec" in printed.err
+    assert "Memory used: " in printed.err
+    lora, config = load_model(tiny_checkpoint, dtype=torch.float32), LoRAConfig()
+    apply_lora(lora, config)
+    save_lora(lora, tmp_path, config, base_model=str(tiny_checkpoint), template="alpaca")
+    load_script("generate/lora.py").main("Hello", lora_path=tmp_path, num_samples=2, **settings)
+    assert capsys.readouterr().out == printed.out  # an untrained LoRA changes nothing

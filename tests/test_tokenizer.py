@@ -1,0 +1,115 @@
+"""Token ids against `tokenizers`, `transformers` and `sentencepiece` on real text and on special tokens' spellings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import ROOT, save_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_llama import Tokenizer, UserError
+
+SMOLLM2 = ROOT / "checkpoints" / "SmolLM2-135M-Instruct"
+RECORDS = json.loads((ROOT / "scripts/quickstart_records.json").read_text("utf-8"))
+TEXTS = [value for record in RECORDS for value in record.values() if value] + [
+    "  two spaces, a tab\tand\r\nlines\n\n\n",
+    "naïve café, Ελληνικά, русский, 日本語, 🦙🏽‍♂️",
+    "<s>not a token</s> <|im_start|>user<|im_end|><unk><pad>",
+    "1234567890 3.14159 x=y**2; // <0x0A> ▁ \u200b\x00",
+    " ",
+]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of LLaMA's kind: BPE, byte fallback, no normalization, a dummy space in front."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[: len(RECORDS)]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=1000,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return folder
+
+
+def test_ids_of_tokenizer_model_are_sentencepieces(sentencepiece_folder: Path) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    ours = Tokenizer(sentencepiece_folder)
+    assert ours.vocab_size == 1000
+    assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (1, 2, True)
+    for text in TEXTS:
+        assert ours.encode(text) == [1, *theirs.encode(text)]
+        assert ours.encode(text, bos=False, eos=True) == [*theirs.encode(text), 2]
+        assert ours.decode(ours.encode(text, eos=True)) == theirs.decode(theirs.encode(text))
+        assert not {1, 2} & set(ours.encode(text, bos=False))
+
+
+def test_ids_of_tokenizer_json_are_transformers(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer(tmp_path)
+    for text in TEXTS:
+        expected = theirs(text, split_special_tokens=True, add_special_tokens=False).input_ids
+        assert ours.encode(text) == [1, *expected]
+        assert ours.encode(text, bos=False, eos=True) == [*expected, 2]
+        assert ours.decode(ours.encode(text)) == text
+        marked = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, bos=False, special=True) == marked
+        assert ours.encode(ours.protect(text), bos=False, special=True) == expected
+
+
+def test_ids_of_smollm2_are_transformers() -> None:
+    if not (SMOLLM2 / "tokenizer.json").is_file():
+        pytest.skip("no SmolLM2-135M-Instruct in checkpoints/")
+    theirs, ours = AutoTokenizer.from_pretrained(SMOLLM2), Tokenizer(SMOLLM2)
+    assert not ours.adds_bos
+    for text in TEXTS:
+        expected = theirs(text, split_special_tokens=True, add_special_tokens=False).input_ids
+        assert ours.encode(text) == expected
+        assert ours.decode(expected) == text
+
+
+def test_bos_and_eos_come_from_the_folders_own_files(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    options = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (3, 4, False)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 4], "vocab_size": 300}')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    (tmp_path / "config.json").unlink()
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (None, None, False)
+    for flags, name in ((dict(bos=True), "BOS"), (dict(eos=True), "EOS")):
+        with pytest.raises(UserError, match=f"no {name} token"):
+            tokenizer.encode("a", **flags)
+
+
+def test_bos_that_a_template_spells_out_is_not_doubled(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("<s>a", special=True) == tokenizer.encode("a") == [1, *tokenizer.encode("a", bos=False)]
+
+
+def test_lone_surrogate_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="surrogate at character 2"):
+        Tokenizer(tmp_path).encode("ab\ud800")
+
+
+def test_named_chat_templates(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    templates = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert Tokenizer(tmp_path).chat_template == "B"
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert Tokenizer(tmp_path).chat_template == "C"
