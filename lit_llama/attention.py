@@ -34,8 +34,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
         samples: how the tokens are cut; the lengths add up to `tokens`.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        longest, bounds = samples.longest, samples.cu_seqlens
-        groups = query.size(1) // key.size(1)
+        longest, bounds, groups = samples.longest, samples.cu_seqlens, query.size(1) // key.size(1)
         if groups > 1:  # torch 2.11's kernel wants as many key as query heads when gradients are needed
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))

@@ -1,0 +1,306 @@
+"""What users get wrong: one clear line on stderr, a non-zero status, and nothing on disk is touched."""
+
+import json
+import pickle
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script, make_hf_model, save_tokenizer
+from safetensors.torch import load_file, save_file
+
+from lit_llama import cli, load_model
+from lit_llama.lora import LoRAConfig, apply_lora, save_lora
+
+FINETUNE, BASE, LORA = "finetune/lora.py", "generate/base.py", "generate/lora.py"
+JSON, ALPACA = "scripts/prepare_json.py", "scripts/prepare_alpaca.py"
+META, LIT, GGUF = (f"scripts/convert_{kind}_checkpoint.py" for kind in ("meta", "lit", "gguf"))
+MERGE = "scripts/merge_lora.py"
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, records_file: Path) -> Path:
+    """`checkpoint`, `data`, `lora` and `records.json` that fit together, to be broken."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.copy(records_file, tmp_path / "records.json")
+    model, config = load_model(tiny_checkpoint), LoRAConfig()
+    apply_lora(model, config)
+    save_lora(model, tmp_path / "lora", config, base_model=str(tmp_path / "checkpoint"), template="alpaca")
+    return tmp_path
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def change_weights(file: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("code of a pickle has run",))
+
+
+def pickled_code(place: Path) -> None:
+    (place / "meta").mkdir()
+    (place / "meta/params.json").write_text("{}")
+    torch.save({"weight": RunsCode()}, place / "meta/consolidated.00.pth", pickle_module=pickle)
+
+
+def shrink_embedding(place: Path) -> None:
+    make_hf_model(vocab_size=200).save_pretrained(place / "checkpoint")
+
+
+def other_tokenizer(place: Path) -> None:
+    file = place / "checkpoint/tokenizer.json"
+    file.write_text(file.read_text() + " ")
+
+
+def other_model(place: Path) -> None:
+    make_hf_model(hidden_size=64).save_pretrained(place / "checkpoint")
+
+
+def no_space(place: Path) -> None:
+    """A file may not grow over 4 KiB, which the writer sees as it sees a full disk."""
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def conversation(place: Path) -> None:
+    turns = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    (place / "records.json").write_text(json.dumps([{"messages": turns}] * 3))
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_text(text)
+
+
+CHECKPOINT, WEIGHTS = "--checkpoint_dir {}/checkpoint", "checkpoint/model.safetensors"
+TRAIN = f"{CHECKPOINT} --data_dir {{}}/data --out_dir {{}}/out --train.max_steps 1 --train.batch_size 2"
+ASK = f"{CHECKPOINT} --prompt Hi --max_new_tokens 2"
+PREPARE = f"--source {{}}/records.json {CHECKPOINT} --data_dir {{}}/new --val_size 2"
+ASK_LORA = "--lora_path {}/lora --prompt Hi --max_new_tokens 2"
+
+# what is wrong: (what breaks it, the script, its flags, what the line says, the exit status)
+CASES = {
+    "no checkpoint folder": (None, BASE, "--checkpoint_dir {}/none --prompt Hi", r"none: .*scripts/download.py"),
+    "no weights": (lambda p: (p / WEIGHTS).unlink(), BASE, ASK, r"no model.safetensors.*scripts/download.py"),
+    "truncated safetensors": (lambda p: truncate(p / WEIGHTS), BASE, ASK, r"model.safetensors: damaged or cut off"),
+    "empty safetensors": (write(WEIGHTS, ""), BASE, ASK, r"model.safetensors: damaged or cut off"),
+    "wrong shape": (
+        lambda p: change_weights(p / WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+        *(BASE, ASK, r"norm.weight has shape \(3,\), config.json asks for \(32,\)"),
+    ),
+    "missing tensor": (
+        lambda p: change_weights(p / WEIGHTS, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        *(BASE, ASK, r"the weights lack \['layers.1.mlp.up_proj.weight'\]"),
+    ),
+    "surplus tensor": (
+        lambda p: change_weights(p / WEIGHTS, lambda t: t.update({"vision.weight": torch.ones(3)})),
+        *(BASE, ASK, r"vision.weight"),
+    ),
+    "quantized weights": (
+        lambda p: change_weights(
+            p / WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+        ),
+        *(BASE, ASK, r"norm.weight holds torch.int8; quantized"),
+    ),
+    "index of a missing file": (
+        write("checkpoint/model.safetensors.index.json", '{"weight_map": {"a": "model-00001.safetensors"}}'),
+        *(BASE, ASK, r"index.json: names model-00001.safetensors, which is not in this folder"),
+    ),
+    "index that leaves the folder": (
+        write("checkpoint/model.safetensors.index.json", '{"weight_map": {"a": "../lora/adapter_model.safetensors"}}'),
+        *(BASE, ASK, r"index.json: names \.\./lora"),
+    ),
+    "malformed config": (write("checkpoint/config.json", "{"), BASE, ASK, r"config.json: cannot be read as JSON"),
+    "unknown model type": (
+        lambda p: edit_json(p / "checkpoint/config.json", model_type="gemma2"),
+        *(BASE, ASK, r"config.json: model_type 'gemma2' is not supported, only llama or mistral"),
+    ),
+    "unknown rope kind": (
+        lambda p: edit_json(p / "checkpoint/config.json", rope_parameters={"rope_type": "yarn"}),
+        *(BASE, ASK, r"rope type 'yarn' is not supported"),
+    ),
+    "missing tokenizer": (
+        lambda p: (p / "checkpoint/tokenizer.json").unlink(),
+        *(FINETUNE, TRAIN, r"checkpoint: no tokenizer.json and no tokenizer.model"),
+    ),
+    "damaged tokenizer": (write("checkpoint/tokenizer.json", "{}"), BASE, ASK, r"tokenizer.json: not a tokenizer"),
+    "vocabulary larger than the embedding": (
+        shrink_embedding,
+        *(FINETUNE, TRAIN, r"tokenizer.json: has 300 tokens, the model's embedding only 200"),
+    ),
+    "pickled code in a .pth": (pickled_code, META, "--source {}/meta --out_dir {}/new", r"00.pth: refused.*run code"),
+    "no .pth": (write("params.json", "{}"), META, "--source {} --out_dir {}/new", r"no consolidated"),
+    "a .pth of another program": (
+        lambda p: torch.save({"a": torch.ones(2)}, p / "lit.pth"),
+        *(LIT, "--source {}/lit.pth --out_dir {}/new", r"lit.pth: has no transformer.wte.weight"),
+    ),
+    "damaged .pth": (
+        write("lit.pth", "no"),
+        LIT,
+        "--source {}/lit.pth --out_dir {}/new",
+        r"lit.pth: .*(damaged|refused)",
+    ),
+    "no GGUF": (write("a.gguf", "no"), GGUF, "--source {}/a.gguf --out_dir {}/new", r"a.gguf: not a GGUF file"),
+    "missing GGUF": (None, GGUF, "--source {}/a.gguf --out_dir {}/new", r"a.gguf: cannot be read"),
+    "malformed JSON": (
+        write("records.json", '[\n{"a": 1},\n{"a" 2}]'),
+        JSON,
+        PREPARE,
+        r"records.json, line 3, column 6",
+    ),
+    "malformed JSONL": (
+        write("records.jsonl", '{"instruction": "a", "output": "b"}\n\n{"a": }\n'),
+        *(JSON, PREPARE.replace("records.json", "records.jsonl"), r"records.jsonl, line 3, column 7"),
+    ),
+    "missing column": (
+        write("records.json", '[{"instruction": "a", "answer": "b"}, {}, {}]'),
+        *(JSON, PREPARE, r"record 1: no column 'output', found: instruction, answer.*--columns"),
+    ),
+    "number for text": (
+        write("records.json", '[{"instruction": "a", "output": 3}, {}, {}]'),
+        *(JSON, PREPARE, r"record 1: instruction, input and output should be text"),
+    ),
+    "record that is no object": (
+        write("records.json", '["a", "b", "c"]'),
+        JSON,
+        PREPARE,
+        r"record 1: should be an object",
+    ),
+    "malformed conversation": (
+        write("records.json", '[{"messages": [{"role": "human", "content": "a"}]}, {}, {}]'),
+        *(JSON, PREPARE, r"record 1: `messages` should be"),
+    ),
+    "system message in an Alpaca prompt": (
+        conversation,
+        JSON,
+        PREPARE,
+        r"record 1: template 'alpaca'.*--template chatml",
+    ),
+    "lone surrogate": (
+        write("records.json", '[{"instruction": "\\ud800", "output": "b"}, {}, {}]'),
+        *(JSON, PREPARE, r"record 1: the text holds a lone surrogate"),
+    ),
+    "empty file": (write("records.json", " \n"), JSON, PREPARE, r"records.json: the file is empty"),
+    "no records": (write("records.json", "[]"), JSON, PREPARE, r"records.json: should hold an array of records"),
+    "not UTF-8": (lambda p: (p / "records.json").write_bytes(b"[\xff]"), JSON, PREPARE, r"records.json: not UTF-8"),
+    "missing source": (None, ALPACA, PREPARE.replace("records", "none"), r"none.json: cannot be read.*--source"),
+    "unknown kind of source": (
+        write("records.txt", "a"),
+        *(JSON, PREPARE.replace("records.json", "records.txt"), r"records.txt: unknown kind of file"),
+    ),
+    "val_size too large": (None, JSON, f"{PREPARE}0000", r"--val_size 20000: should be from 0 to 59"),
+    "no room for any response": (None, JSON, f"{PREPARE} --max_seq_length 5", r"no sample is left.*--max_seq_length 5"),
+    "unknown template": (None, JSON, f"{PREPARE} --template vicuna", r"unknown template 'vicuna'. Known: alpaca"),
+    "data_dir that is something else": (
+        None,
+        *(JSON, PREPARE.replace("{}/new", "{}/checkpoint"), r"checkpoint: exists already"),
+    ),
+    "no prepared set": (None, FINETUNE, TRAIN.replace("/data ", "/none "), r"none: no prepared set.*prepare_alpaca.py"),
+    "damaged prepared set": (
+        lambda p: truncate(p / "data/train.safetensors"),
+        *(FINETUNE, TRAIN, r"train.safetensors: damaged or cut off"),
+    ),
+    "prepared with another tokenizer": (other_tokenizer, FINETUNE, TRAIN, r"data: was prepared with another tokenizer"),
+    "samples longer than the context": (
+        lambda p: edit_json(p / "checkpoint/config.json", max_position_embeddings=64),
+        *(FINETUNE, TRAIN, r"data: has a sample of \d+ tokens, the model's context holds 64"),
+    ),
+    "out_dir that holds another run": (
+        lambda p: (p / "out").mkdir() or (p / "out/notes").write_text("mine"),
+        *(FINETUNE, TRAIN, r"out: holds another run.*--resume true"),
+    ),
+    "nothing to resume": (None, FINETUNE, f"{TRAIN} --resume true", r"out: no run there to resume"),
+    "unknown precision": (None, FINETUNE, f"{TRAIN} --precision fp8", r"--precision fp8: unknown. Known: bf16-mixed"),
+    "r of 0": (None, FINETUNE, f"{TRAIN} --lora.r 0", r"--lora.r 0: should be at least 1"),
+    "dropout of 1": (None, FINETUNE, f"{TRAIN} --lora.dropout 1", r"--lora.dropout 1.*less than 1"),
+    "unknown target": (None, FINETUNE, f"{TRAIN} --lora.targets [c_attn]", r"'c_attn'. There are: q_proj, k_proj"),
+    "batch of 0": (None, FINETUNE, f"{TRAIN} --train.epochs 0", r"--train.epochs 0: should be from 1 on"),
+    "unknown flag": (None, FINETUNE, f"{TRAIN} --lora.rank 4", r"rank.*--help", 2),
+    "word for a number": (None, FINETUNE, f"{TRAIN} --seed many", r"seed.*--help", 2),
+    "LoRA for another model": (other_model, LORA, ASK_LORA, r"lora: .* has shapes .* the model asks for"),
+    "no LoRA": (None, LORA, ASK_LORA.replace("/lora", "/none"), r"none: no adapter_config.json.*finetune/lora.py"),
+    "LoRA of another kind": (
+        lambda p: edit_json(p / "lora/adapter_config.json", peft_type="IA3"),
+        *(LORA, ASK_LORA, r"peft_type is 'IA3', not 'LORA'"),
+    ),
+    "truncated LoRA": (
+        lambda p: truncate(p / "lora/adapter_model.safetensors"),
+        *(LORA, ASK_LORA, r"adapter_model.safetensors: damaged or cut off"),
+    ),
+    "LoRA whose base is gone": (
+        lambda p: edit_json(p / "lora/adapter_config.json", base_model_name_or_path="/gone"),
+        *(LORA, ASK_LORA, r"base model '/gone' is no folder here.*--checkpoint_dir"),
+    ),
+    "merge into a folder that exists": (None, MERGE, "--lora_path {}/lora --out_dir {}/data", r"data: exists already"),
+    "prompt too long": (None, BASE, f"{ASK}0000", r"the prompt has \d+ tokens .* holds 512"),
+    "top_p of 0": (None, BASE, f"{ASK} --top_p 0", r"--top_p"),
+    "no disk space for a prepared set": (no_space, JSON, PREPARE, r"(File too large|cannot be written)"),
+    "no disk space for a model": (no_space, MERGE, "--lora_path {}/lora --out_dir {}/new", r"cannot be written"),
+}
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_line_and_nothing_touched(place: Path, monkeypatch, capsys, case: tuple) -> None:
+    breaks, script, flags, message, status = (*case, 1)[:5]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    main = load_script(script).main
+    monkeypatch.setattr(sys, "argv", [script, *flags.replace("{}", str(place)).split()])
+    if breaks is not None and breaks is not no_space:
+        breaks(place)
+    before = contents(place)
+    capsys.readouterr()
+    try:
+        if breaks is no_space:
+            no_space(place)
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("tokenizing")]
+    assert ended.value.code == status
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert "code of a pickle has run" not in printed.out
+    assert contents(place) == before
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) >= 25
+
+
+def test_a_tokenizer_of_tiktoken_ranks_is_named(tmp_path: Path) -> None:
+    find_tokenizer = load_script(META).find_tokenizer
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(cli.UserError, match=r"tiktoken.*tokenizer\.json"):
+        find_tokenizer(tmp_path, None)
+    save_tokenizer(tmp_path)
+    assert find_tokenizer(tmp_path / "consolidated", None) == tmp_path

@@ -1,0 +1,177 @@
+"""`scripts/download.py` against a small hub on this machine."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script, save_checkpoint_folder
+
+from lit_llama import UserError, load_model
+
+files_needed = load_script("scripts/download.py").files_needed
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What `huggingface_hub` asks for: the list of files, then each file's head and content, from a byte on."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    gets: list[tuple[str, str | None]]
+    break_off_at: int | None
+
+    def do_HEAD(self) -> None:
+        self.answer(head=True)
+
+    def do_GET(self) -> None:
+        self.answer(head=False)
+
+    def answer(self, head: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/"):
+            names = sorted(file.name for file in self.folder.iterdir())
+            if "owner/tiny" not in path:
+                return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+            if "/tree/" in path:
+                body = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
+                        for name in names]  # fmt: skip
+            else:
+                body = {"id": "owner/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            return self.send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        file = self.folder / path.rpartition("/")[2]
+        if not file.is_file():
+            return self.send(404, b"", {})
+        content = file.read_bytes()
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        if head:
+            return self.send(200, b"", headers | {"Content-Length": str(len(content))})
+        span = self.headers.get("Range")
+        self.gets.append((file.name, span))
+        start = int(span.removeprefix("bytes=").partition("-")[0]) if span else 0
+        if span:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.break_off_at is not None and file.suffix == ".safetensors":
+            self.send_response(206 if span else 200)
+            for name, value in (headers | {"Content-Length": str(len(content) - start)}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content[start : self.break_off_at])
+            self.wfile.flush()
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        return self.send(206 if span else 200, content[start:], headers)
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    Hub.folder, Hub.gets, Hub.break_off_at = tmp_path / "hub", [], None
+    save_checkpoint_folder(Hub.folder)
+    (Hub.folder / "pytorch_model.bin").write_bytes(b"the same weights again")
+    (Hub.folder / "README.md").write_text("# Tiny")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def download(hub: str, folder: Path, repo_id: str = "owner/tiny") -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "scripts/download.py", "--repo_id", repo_id, "--checkpoint_dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str) -> None:
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {name for name, _ in Hub.gets} == wanted
+    for name in wanted:
+        assert (tmp_path / "owner/tiny" / name).read_bytes() == (Hub.folder / name).read_bytes()
+    load_model(tmp_path / "owner/tiny")
+    assert str(tmp_path / "owner/tiny") in done.stdout
+    Hub.gets.clear()
+    assert download(hub, tmp_path).returncode == 0
+    assert Hub.gets == []
+
+
+def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path: Path, hub: str) -> None:
+    weights = Hub.folder / "model.safetensors"
+    weights.write_bytes(os.urandom(24_000_000))  # the library writes pieces of 10 MB
+    Hub.break_off_at = 15_000_000
+    broken = download(hub, tmp_path)
+    assert broken.returncode == 1
+    lines = [line for line in broken.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Run this again to go on" in lines[0]
+    assert "Traceback" not in broken.stderr
+    assert not (tmp_path / "owner/tiny/model.safetensors").exists()
+    Hub.break_off_at = None
+    Hub.gets.clear()
+    assert download(hub, tmp_path).returncode == 0
+    spans = [span for name, span in Hub.gets if name == "model.safetensors"]
+    assert len(spans) == 1
+    assert int(spans[0].removeprefix("bytes=").removesuffix("-")) >= 10_000_000
+    assert (tmp_path / "owner/tiny/model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub: str) -> None:
+    for address, repo_id, message in (
+        (hub, "owner/unknown", "no such model on the hub"),
+        (hub, "a/b/c", "should be owner/name"),
+        ("http://127.0.0.1:9", "owner/tiny", "broke off"),
+    ):
+        done = download(address, tmp_path, repo_id)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin", "x.gguf"], ["config.json", "model.safetensors"]),
+        (
+            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "original/a.pth"],
+            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+        ),
+        (
+            ["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "tokenizer.model"],
+            ["config.json", "tokenizer.model", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
+            ["adapter_config.json", "adapter_model.safetensors"],
+        ),
+    ],
+    ids=["one format", "shards", "bin", "LoRA"],
+)
+def test_files_needed(names: list[str], expected: list[str]) -> None:
+    assert files_needed(names) == expected
+
+
+def test_a_repository_without_a_model_is_refused() -> None:
+    with pytest.raises(UserError, match="no model and no LoRA"):
+        files_needed(["README.md", "data.csv"])

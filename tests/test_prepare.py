@@ -1,0 +1,208 @@
+"""Prepared sets: what is learned, what is cut, where records come from; and what training reads back."""
+
+import csv
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script
+
+from lit_llama import Tokenizer, UserError
+from lit_llama.data import PreparedSet, pack, step_samples
+from lit_llama.prompts import TEMPLATES
+
+prepare_json = load_script("scripts/prepare_json.py")
+RECORDS = [
+    {"instruction": f"Count to {n}.", "input": "slowly" if n % 2 else "", "output": "one two three " * n}
+    for n in range(1, 21)
+]
+
+
+def write(path: Path, records: list) -> Path:
+    path.write_text(json.dumps(records), "utf-8")
+    return path
+
+
+def samples(file: Path) -> list[tuple[list[int], list[int]]]:
+    """(tokens, learned tokens) of each sample, by way of the micro-batches that training sees."""
+    data = PreparedSet(file)
+    result = []
+    for index in range(len(data)):
+        batch = data.micro_batch([index], torch.device("cpu"))
+        successors = torch.cat((batch["input_ids"][1:], batch["labels"][-1:]))  # of each token
+        assert successors[batch["positions"]].tolist() == batch["labels"].tolist()
+        result.append(([*batch["input_ids"].tolist(), int(batch["labels"][-1])], batch["labels"].tolist()))
+    return result
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_labels_are_response_and_end_token(tmp_path: Path, tiny_checkpoint: Path, mask_prompt: bool) -> None:
+    source = write(tmp_path / "source.json", RECORDS)
+    out = tmp_path / "out"
+    prepare_json.main(source, tiny_checkpoint, out, val_size=0, max_seq_length=500, mask_prompt=mask_prompt)
+    tokenizer = Tokenizer(tiny_checkpoint)
+    expected = []
+    for record in RECORDS:
+        user = {"role": "user", "content": record["instruction"], "input": record["input"]}
+        prompt = [tokenizer.bos_id, *tokenizer.encode(TEMPLATES["alpaca"].render([user]), bos=False)]
+        response = [*tokenizer.encode(record["output"], bos=False), tokenizer.eos_id]
+        expected.append((prompt + response, response if mask_prompt else (prompt + response)[1:]))
+    assert samples(out / "train.safetensors") == expected
+
+
+def test_long_samples_are_cut_and_hopeless_ones_dropped(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
+    records = [*RECORDS, {"instruction": "Why? " * 300, "output": "So."}]
+    out = tmp_path / "out"
+    prepare_json.main(write(tmp_path / "s.json", records), tiny_checkpoint, out, val_size=0, max_seq_length=256)
+    meta = json.loads((out / "meta.json").read_text())
+    lengths = PreparedSet(out / "train.safetensors").lengths
+    assert max(lengths) == 256
+    assert meta["dropped_samples"] == 1
+    assert meta["cut_samples"] >= lengths.count(256) - 1 > 0
+    assert meta["train_samples"] == len(lengths) == 20
+    assert meta["train_tokens"] == sum(lengths)
+    assert f"{meta['cut_samples']} cut at 256 tokens, 1 dropped" in capsys.readouterr().out
+
+
+def test_split_follows_the_seed_and_loses_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write(tmp_path / "s.json", RECORDS)
+    sets = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare_json.main(source, tiny_checkpoint, tmp_path / name, val_size=6, max_seq_length=512, seed=seed)
+        parts = [samples(tmp_path / name / f"{part}.safetensors") for part in ("train", "val")]
+        assert [len(part) for part in parts] == [14, 6]
+        sets[name] = [{tuple(tokens) for tokens, _ in part} for part in parts]
+        assert len(sets[name][0] | sets[name][1]) == 20
+    assert sets["a"] == sets["b"] != sets["c"]
+    assert (tmp_path / "a/train.safetensors").read_bytes() == (tmp_path / "b/train.safetensors").read_bytes()
+
+
+def test_json_jsonl_and_csv_with_named_columns_are_the_same(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    named = [{"q": r["instruction"] + '\n"so", he said', "context": r["input"], "a": r["output"]} for r in RECORDS]
+    write(tmp_path / "s.json", named)
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(record) for record in named) + "\n\n", "utf-8")
+    with (tmp_path / "s.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["q", "context", "a"])
+        writer.writeheader()
+        writer.writerows(named)
+    columns = prepare_json.Columns(instruction="q", input="context", output="a")
+    results = []
+    for kind in ("json", "jsonl", "csv"):
+        source, out = tmp_path / f"s.{kind}", tmp_path / kind
+        prepare_json.main(source, tiny_checkpoint, out, val_size=3, max_seq_length=512, columns=columns)
+        results.append((out / "train.safetensors").read_bytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_each_answer_of_a_conversation_is_a_sample(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    turns = [
+        ("system", "Be kind."),
+        ("user", "Hello"),
+        ("assistant", "Hi!"),
+        ("user", "Bye"),
+        ("assistant", "See you!"),
+    ]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    source = write(tmp_path / "s.json", [record])
+    prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
+    tokenizer = Tokenizer(tiny_checkpoint)
+    decoded = [
+        (tokenizer.decode(tokens), tokenizer.decode(labels), labels[-1])
+        for tokens, labels in samples(tmp_path / "out/train.safetensors")
+    ]
+    end = tokenizer.specials["<|im_end|>"]
+    first = "system\nBe kind.\nuser\nHello\nassistant\nHi!"
+    assert decoded == [(first, "Hi!", end), (f"{first}\nuser\nBye\nassistant\nSee you!", "See you!", end)]
+
+
+def test_dolly_has_its_own_field_names(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    lines = [
+        json.dumps({"instruction": r["instruction"], "context": r["input"], "response": r["output"]}) for r in RECORDS
+    ]
+    (tmp_path / "dolly.jsonl").write_text("\n".join(lines))
+    flags = dict(val_size=5, max_seq_length=512)
+    load_script("scripts/prepare_dolly.py").main(tmp_path / "dolly.jsonl", tiny_checkpoint, tmp_path / "dolly", **flags)
+    prepare_json.main(write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "json", **flags)
+    assert (tmp_path / "dolly/val.safetensors").read_bytes() == (tmp_path / "json/val.safetensors").read_bytes()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    body, announced, requests = b"", None, 0
+
+    def do_GET(self) -> None:
+        type(self).requests += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.announced or len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        Server.announced, Server.requests = None, 0
+        yield f"http://127.0.0.1:{httpd.server_port}/data.json"
+        httpd.shutdown()
+
+
+def test_alpaca_is_downloaded_once_and_counted(tmp_path: Path, tiny_checkpoint: Path, server, monkeypatch) -> None:
+    script = load_script("scripts/prepare_alpaca.py")
+    assert script.NUM_RECORDS == 51_759
+    monkeypatch.setattr(script, "URL", server)
+    monkeypatch.setattr(script, "NUM_RECORDS", 20)
+    Server.body = json.dumps(RECORDS).encode()
+    for name in ("first", "second"):
+        script.main(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / name, val_size=4)
+    assert Server.requests == 1
+    assert len(PreparedSet(tmp_path / "second/train.safetensors")) == 16
+    monkeypatch.setattr(script, "NUM_RECORDS", 21)
+    with pytest.raises(UserError, match="holds 20 records instead of 21"):
+        script.main(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / "third", val_size=4)
+
+
+def test_alpacas_default_is_2000_validation_records(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write(tmp_path / "s.json", RECORDS * 101)
+    load_script("scripts/prepare_alpaca.py").main(source, tiny_checkpoint, tmp_path / "out")
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert (meta["train_samples"], meta["val_samples"]) == (20, 2000)
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, server) -> None:
+    Server.body, Server.announced = b"[1, 2", 1000
+    with pytest.raises(UserError, match=r"5 of 1000 bytes|cannot be downloaded"):
+        prepare_json.fetch(server, tmp_path / "data.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_connection_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be downloaded .*--source"):
+        prepare_json.fetch("http://127.0.0.1:9/data.json", tmp_path / "data.json")
+
+
+def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
+    lengths = torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths[7] = 900  # longer than a micro-batch
+    bins = pack(range(200), lengths, 512)
+    assert sorted(index for ids in bins for index in ids) == list(range(200))
+    assert all(sum(lengths[index] for index in ids) <= 512 for ids in bins if ids != [7])
+    assert [7] in bins
+    # first-fit decreasing needs at most 11/9 of the best (Johnson 1973), which is at least this
+    assert len(bins) <= 11 / 9 * (sum(lengths) / 512) + 2
+
+
+def test_epochs_are_permutations_and_steps_cut_them() -> None:
+    steps = [step_samples(step, 16, 150, 50, seed=3) for step in range(10)]
+    assert [len(step) for step in steps] == [16] * 9 + [6]
+    flat = [index for step in steps for index in step]
+    epochs = [flat[start : start + 50] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert step_samples(4, 16, 150, 50, seed=3) == steps[4]
+    assert step_samples(4, 16, 150, 50, seed=4) != steps[4]
