@@ -24,7 +24,7 @@ def make_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
         raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
     if devices != 1 or num_nodes != 1:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: only one device on one node is supported")
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it found is in our own lines
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # Fabric logs there; our lines say as much
     fabric = Fabric(accelerator="auto", devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     return fabric

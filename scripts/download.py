@@ -14,7 +14,8 @@ def main(
 ) -> None:
     """Download a model folder, or a LoRA, from the Hugging Face hub: only what is needed, and only what is missing.
 
-    A broken-off download goes on where it stopped. Guide: howto/download_weights.md
+    A broken connection is taken up again where it stopped; run it again for the files that are still missing.
+    Guide: howto/download_weights.md
 
     Args:
         repo_id: the model's name on the hub, such as meta-llama/Llama-2-7b-hf.
