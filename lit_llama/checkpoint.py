@@ -59,10 +59,12 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, tuple[Path, str]] = {}
-        self.bins: dict[Path, dict[str, Tensor]] = {}
+        self.unmapped: dict[Path, dict[str, Tensor]] = {}
         for file in _weight_files(folder):
             if file.suffix == ".bin":
-                names = self.bins[file] = load_pickled(file)
+                names = load_pickled(file)
+                if not zipfile.is_zipfile(file):
+                    self.unmapped[file] = names
             else:
                 with open_safetensors(file) as handle:
                     names = handle.keys()
@@ -73,9 +75,9 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU, memory-mapped."""
         file, stored_name = self.places[name]
-        if file in self.bins:
-            return self.bins[file][stored_name]
         # opened anew for each tensor: pages of the tensors before are given back once those were copied
+        if file.suffix == ".bin":
+            return (self.unmapped.get(file) or load_pickled(file))[stored_name]
         with open_safetensors(file) as handle:
             return handle.get_tensor(stored_name)
 

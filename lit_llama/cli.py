@@ -27,8 +27,7 @@ def run(main: Callable) -> None:
         flags = parser.parse_args()
         _flags = parser.dump(flags)
         arguments = parser.instantiate(flags).as_dict()
-        arguments.pop("config")
-        main(**arguments)
+        main(**{name: value for name, value in arguments.items() if name != "config"})
     except ArgumentError as error:
         _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
     except UserError as error:

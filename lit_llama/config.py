@@ -54,11 +54,10 @@ class LLaMAConfig:
         Raises UserError where there is none, for a model type, activation, rope kind or sliding window that this code
         does not compute, and for a field that is missing or of the wrong type.
         """
-        folder = Path(checkpoint_dir)
-        path = folder / "config.json"
+        path = Path(checkpoint_dir) / "config.json"
         if not path.is_file():
             hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
-            raise UserError(f"{folder}: no config.json there. Download a model first: {hint}")
+            raise UserError(f"{path.parent}: no config.json there. Download a model first: {hint}")
         raw = read_json(path)
         supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu", None), "sliding_window": (None,)}
         for key, values in supported.items():
