@@ -18,7 +18,7 @@ def call(*command: object) -> subprocess.CompletedProcess:
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("finetune", "generate", "scripts")
+    for folder in ("benchmarks", "finetune", "generate", "scripts")
     for path in (ROOT / folder).glob("*.py")
 )
 
