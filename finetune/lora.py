@@ -26,8 +26,8 @@ def main(
         checkpoint_dir: the model folder.
         data_dir: the prepared set, from scripts/prepare_*.py.
         out_dir: where the LoRA, metrics.csv and checkpoints go.
-        devices: GPUs a node, or processes on the CPU.
-        num_nodes: machines, with that many devices each.
+        devices: how many devices to train on; only 1 is supported.
+        num_nodes: how many machines; only 1 is supported.
         precision: bf16-mixed (frozen weights bf16, trained ones fp32) or 32-true.
         seed: of everything random: the LoRA's start, the samples' order, dropout.
         resume: go on from the newest checkpoint in out_dir.

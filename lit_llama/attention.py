@@ -26,12 +26,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
     """Softmax(q k^T / sqrt(head_dim)) v within each sample, causally; grouped-query where there are fewer key heads.
 
     On CUDA in half precision this is one variable-length flash kernel; elsewhere one `scaled_dot_product_attention`
-    a sample (or one for all where their lengths are equal). No token attends across a sample's border.
-
-    Args:
-        query: (tokens, num_heads, head_dim), which is also what returns.
-        key, value: (tokens, num_key_value_heads, head_dim), same dtype.
-        samples: how the tokens are cut; the lengths add up to `tokens`.
+    a sample (or one for all where their lengths are equal). No token attends across a sample's border. Query and
+    result are (tokens, num_heads, head_dim), key and value (tokens, num_key_value_heads, head_dim), of one dtype.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         longest, bounds, groups = samples.longest, samples.cu_seqlens, query.size(1) // key.size(1)
@@ -62,11 +58,8 @@ class KVCache:
         """Store the new tokens' keys and values behind those of the `length` tokens before, and attend to all.
 
         `length` itself moves on once a forward pass, after the last layer. Raises ValueError for more tokens than the
-        cache was made for.
-
-        Args:
-            query: (batch, num_heads, new, head_dim), which is also what returns.
-            key, value: (batch, num_key_value_heads, new, head_dim).
+        cache was made for. Query and result are (batch, num_heads, new, head_dim), key and value (batch,
+        num_key_value_heads, new, head_dim).
         """
         new, end = query.size(2), self.length + query.size(2)
         if end > self.keys.size(3):

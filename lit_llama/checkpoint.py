@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,12 +58,9 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, tuple[Path, str]] = {}
-        self.unmapped: dict[Path, dict[str, Tensor]] = {}
         for file in _weight_files(folder):
             if file.suffix == ".bin":
                 names = load_pickled(file)
-                if not zipfile.is_zipfile(file):
-                    self.unmapped[file] = names
             else:
                 with open_safetensors(file) as handle:
                     names = handle.keys()
@@ -77,7 +73,7 @@ class WeightFiles:
         file, stored_name = self.places[name]
         # opened anew for each tensor: pages of the tensors before are given back once those were copied
         if file.suffix == ".bin":
-            return (self.unmapped.get(file) or load_pickled(file))[stored_name]
+            return load_pickled(file)[stored_name]
         with open_safetensors(file) as handle:
             return handle.get_tensor(stored_name)
 
@@ -120,9 +116,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` or `.pth`, memory-mapped unless from before torch 1.6. Raises UserError for others."""
+    """The tensors of a `.bin` or `.pth`, memory-mapped. Raises UserError for others."""
     try:
-        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, its pickle holds more than tensors (it could run code)") from None
     except Exception as error:  # torch raises a dozen kinds for damaged files
@@ -190,7 +186,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It is flushed before, and removed if the block ends in an error: readers see the old one or the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := path.resolve()).parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
         yield temporary

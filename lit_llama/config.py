@@ -64,6 +64,10 @@ class LLaMAConfig:
             if raw.get(key) not in values:
                 known = " or ".join(value or "none" for value in values)
                 raise UserError(f"{path}: {key} {raw.get(key)!r} is not supported, only {known}")
+        # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_scaling = _checked_rope_scaling(rope, path)
+        raw = raw | ({"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {})
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in values:
@@ -77,11 +81,9 @@ class LLaMAConfig:
         kv_heads = values.setdefault("num_key_value_heads", heads)
         if heads % kv_heads or values.setdefault("head_dim", values["hidden_size"] // heads) % 2:
             raise UserError(f"{path}: {heads} heads are no multiple of {kv_heads} key/value heads, or head_dim is odd")
-        values["bos_token_id"], values["eos_token_id"] = raw.get("bos_token_id"), raw.get("eos_token_id")
-        # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        values["rope_scaling"] = _checked_rope_scaling(rope, path)
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        values |= dict(
+            bos_token_id=raw.get("bos_token_id"), eos_token_id=raw.get("eos_token_id"), rope_scaling=rope_scaling
+        )
         known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters", "dtype", "torch_dtype"}
         values["extra"] = {key: value for key, value in raw.items() if key not in known}
         return cls(**values)

@@ -103,4 +103,5 @@ def step_samples(step: int, batch_size: int, total: int, num_samples: int, seed:
 
 @lru_cache(maxsize=2)
 def _epoch_order(epoch: int, num_samples: int, seed: int) -> list[int]:
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_samples, generator=generator).tolist()

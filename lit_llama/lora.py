@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: should be from 0 to less than 1")
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if not self.targets:
+            raise UserError("--lora.targets []: should name at least one linear layer")
 
 
 class LoRALinear(nn.Module):
@@ -75,13 +78,13 @@ class LoRALinear(nn.Module):
 def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
     """Put a `LoRALinear` around each target layer, in place, and freeze the base. Raises UserError: unknown target."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
     for target in config.targets:
-        if not any(_matches(name, target) for name in linears):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise UserError(f"--lora.targets: no linear layer is called {target!r}. There are: {known}")
+        if target not in known:
+            raise UserError(f"--lora.targets: no linear layer is called {target!r}. There are: {', '.join(known)}")
     freeze_base(model)
     for name, linear in linears.items():
-        if any(_matches(name, target) for target in config.targets):
+        if name.rpartition(".")[2] in config.targets:
             _replace(model, name, LoRALinear(linear, config.r, config.alpha, config.dropout, name))
 
 
@@ -105,12 +108,9 @@ def merge_lora(model: LLaMA) -> None:
 
 
 def save_lora(model: LLaMA, path: str | Path, config: LoRAConfig, base_model: str = "", template: str = "") -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) as PEFT does.
+    """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) into the folder `path`, as PEFT does.
 
-    Args:
-        path: the folder.
-        base_model: the base's folder or hub name, for `base_model_name_or_path`.
-        template: the prompt template of the training, for `lora_template`; goes into the safetensors header.
+    `base_model` is the base's folder or hub name; `template`, that of the training, goes into the safetensors header.
     """
     path = Path(path)
     tensors = {
@@ -147,14 +147,16 @@ def lora_base(path: str | Path) -> Path:
 def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
     """Put a saved LoRA (ours or PEFT's) around a model's layers, in place.
 
-    Ranks and layers follow from the tensors in the file, so PEFT's `rank_pattern`, `layers_to_transform` and regular
-    expressions need no reading. Raises UserError where there is none, it is damaged, for another model or unsupported.
+    Ranks and layers follow from the tensors in the file, so PEFT's `rank_pattern` and ways to name targets need no
+    reading. Raises UserError where there is no LoRA, it is damaged, for another model or unsupported.
     """
     path = Path(path)
     settings = read_lora_settings(path)
     tensors, _ = read_tensors(path / WEIGHTS_FILE)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    # PEFT puts a copy of the base weight beside a LoRA on lm_head
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
     for stored in names:
         name = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
         pair = [tensors.pop(f"{stored}.lora_{side}.weight", None) for side in "AB"]
@@ -164,8 +166,9 @@ def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
         found, wanted = [tuple(tensor.shape) for tensor in pair], [(r, linear.in_features), (linear.out_features, r)]
         if found != wanted:
             raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
-        alphas = (settings.get("alpha_pattern") or {}).items()  # PEFT's own value for layers whose names end so
-        alpha = next((value for ending, value in alphas if _matches(name, ending)), settings["lora_alpha"])
+        alphas = (settings.get("alpha_pattern") or {}).items()  # regular expressions of layers with another alpha
+        own = (value for key, value in alphas if re.match(rf"(.*\.)?({key})$", stored.removeprefix(PEFT_PREFIX)))
+        alpha = next(own, settings["lora_alpha"])
         lora = LoRALinear(linear, r, alpha, settings.get("lora_dropout", 0.0), name)
         with torch.no_grad():
             lora.lora_A.weight.copy_(pair[0])
@@ -186,25 +189,19 @@ def read_lora_settings(path: Path) -> dict[str, Any]:
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
-    unsupported = (
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "trainable_token_indices",
-    )
-    for key in (*unsupported, "bias"):
+    unsupported = [
+        *("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"),
+        *("layer_replication", "alora_invocation_tokens", "bias"),
+    ]
+    if str(settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda")):
+        unsupported.append("init_lora_weights")  # these change the base too: it is not the one that we have
+    for key in unsupported:
         if settings.get(key) and settings[key] != "none":
             raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
     for key in ("r", "lora_alpha"):
         if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
             raise UserError(f"{file}: {key} should be a positive number, is {settings.get(key)!r}")
     return settings
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

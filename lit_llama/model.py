@@ -76,12 +76,9 @@ class LLaMA(nn.Module):
 
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """(labels, hidden), (labels,) -> scalar. A chunk's logits live only while it is computed, forward or back."""
-
-        def chunk_loss(hidden_states: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(hidden_states).float(), labels, reduction="sum")
-
         chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-        return torch.stack([recompute(chunk_loss, *chunk) for chunk in chunks]).sum()
+        loss_of = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
+        return torch.stack([recompute(loss_of, *chunk) for chunk in chunks]).sum()
 
     def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
         """An empty cache for `max_seq_length` tokens a row, on the model's device and in its dtype."""

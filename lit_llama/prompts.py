@@ -1,7 +1,9 @@
 """Prompt templates: from a record to the text that the model reads before it answers, and the token that ends it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer
@@ -16,6 +18,7 @@ class Template:
 
     render: Callable[[Messages], str]
     end: str | None = None  # None: the tokenizer's EOS
+    bos: bool | None = None  # whether BOS goes in front; None: as the model was trained
 
 
 def get_template(name: str, tokenizer: Tokenizer) -> Template:
@@ -38,8 +41,9 @@ def encode_prompt(template: Template, tokenizer: Tokenizer, messages: Messages) 
 
     Special tokens come from the template alone: spelled out in a message they stay text.
     """
-    safe = [{key: value if key == "role" else tokenizer.protect(value) for key, value in m.items()} for m in messages]
-    return tokenizer.encode(template.render(safe), special=True)
+    texts = ("content", "input")
+    safe = [{"role": m["role"]} | {key: tokenizer.protect(m[key]) for key in texts if key in m} for m in messages]
+    return tokenizer.encode(template.render(safe), bos=template.bos, special=True)
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer, eos_token_id: int | list[int] | None) -> list[int]:
@@ -109,15 +113,17 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     def fail(reason: str) -> None:
         raise TemplateError(reason)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = fail
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
+    jinja = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)  # they mark what to learn
     spelling = {index: token for token, index in tokenizer.specials.items()}
     tokens = dict(bos_token=spelling.get(tokenizer.bos_id, ""), eos_token=spelling.get(tokenizer.eos_id, ""))
 
     def render(messages: Messages, add_generation_prompt: bool = True) -> str:
         turns = [{"role": message["role"], "content": content(message)} for message in messages]
         try:
-            compiled = environment.from_string(tokenizer.chat_template)
+            compiled = environment.from_string(jinja)
             return compiled.render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(f"{folder}: its chat template failed ({error})") from None
@@ -127,4 +133,4 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     whole = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], False)
     behind = whole.rpartition(answer)[2]
     ends = sorted((behind.find(token), token) for token in tokenizer.specials if token in behind)
-    return Template(render, ends[0][1] if ends else None)
+    return Template(render, ends[0][1] if ends else None, bos=False)

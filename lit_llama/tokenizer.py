@@ -32,26 +32,29 @@ class Tokenizer:
         if not files:
             hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
             raise UserError(f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: {hint}")
-        self.path, self.backend, self.processor = files[0], None, None
+        self.path = files[0]
         try:
             self._load()
         except Exception as error:  # both libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
+        paths = (folder / name for name in ("tokenizer_config.json", "config.json", "added_tokens.json"))
+        options, config, added = (read_json(path) if path.is_file() else {} for path in paths)
+        if self.path.suffix == ".model":
+            self.specials |= added
+            self.vocab_size = max(self.vocab_size, *(index + 1 for index in self.specials.values()))
         spellings = sorted(map(re.escape, self.specials), key=len, reverse=True)
         self._special_pattern = re.compile("(" + ("|".join(spellings) or "(?!)") + ")")  # (?!) never matches
-
-        paths = (folder / "tokenizer_config.json", folder / "config.json")
-        options, config = (read_json(path) if path.is_file() else {} for path in paths)
-        if self.vocab_size > config.get("vocab_size", self.vocab_size):
+        if self.vocab_size > (config.get("vocab_size") or self.vocab_size):
             raise UserError(
                 f"{self.path}: has {self.vocab_size} tokens, the model's embedding only {config['vocab_size']} "
                 "(vocab_size in config.json). Use the tokenizer that came with the model"
             )
-        self.bos_id = self._id_of(options.get("bos_token"), config.get("bos_token_id"), "bos_id")
-        self.eos_id = self._id_of(options.get("eos_token"), config.get("eos_token_id"), "eos_id")
-        self.adds_bos = self.bos_id is not None and bool(
-            options.get("add_bos_token", self.backend is None or self.bos_id in self.backend.encode("a").ids[:1])
+        self.bos_id, self.eos_id = (
+            self._id_of(options.get(f"{name}_token"), self._own_ids.get(name), config.get(f"{name}_token_id"))
+            for name in ("bos", "eos")
         )
+        adds_bos = options.get("add_bos_token")
+        self.adds_bos = self.bos_id is not None and (self._starts_with(self.bos_id) if adds_bos is None else adds_bos)
         jinja_file, template = folder / "chat_template.jinja", options.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
@@ -61,32 +64,40 @@ class Tokenizer:
         if self.path.suffix == ".json":
             from tokenizers import Tokenizer as Backend
 
-            self.backend = Backend.from_file(str(self.path))
-            added = self.backend.get_added_tokens_decoder()
+            backend = Backend.from_file(str(self.path))
+            backend.no_truncation()  # files of finetuned models carry some
+            backend.no_padding()
+            added = backend.get_added_tokens_decoder()
             self.specials = {token.content: index for index, token in added.items() if token.special}
-            self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self._own_ids, self._starts_with = {}, lambda index: index in backend.encode("a").ids[:1]
             # text is text: only `encode(..., special=True)` looks for special tokens, and does so itself
-            self.backend.encode_special_tokens = True
-            self._encode = lambda text: self.backend.encode(text, add_special_tokens=False).ids
-            self._decode = lambda ids: self.backend.decode(ids, skip_special_tokens=True)
+            backend.encode_special_tokens = True
+            starts_words = getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
+
+            def encode(text: str, first: bool) -> list[int]:
+                if starts_words:  # a space in front of the text, but not behind each special token in it
+                    backend.pre_tokenizer.prepend_scheme = "first" if first else "never"
+                return backend.encode(text, add_special_tokens=False).ids
+
+            self._encode, self._decode = encode, backend.decode  # which leaves special tokens out
         else:
             from sentencepiece import SentencePieceProcessor
 
-            self.processor = sp = SentencePieceProcessor(model_file=str(self.path))
-            self.vocab_size = sp.vocab_size()
-            self.specials = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-            self._encode = sp.encode
-            self._decode = lambda ids: sp.decode([index for index in ids if index < self.vocab_size])
+            sp = SentencePieceProcessor(model_file=str(self.path))
+            size = self.vocab_size = sp.vocab_size()
+            self.specials = {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
+            self._own_ids, self._starts_with = {"bos": sp.bos_id(), "eos": sp.eos_id()}, lambda index: True
+            self._encode = lambda text, first: sp.encode(text)
+            self._decode = lambda ids: sp.decode([index for index in ids if index < size])
 
-    def _id_of(self, token: str | dict | None, fallback: int | list | None, attribute: str) -> int | None:
+    def _id_of(self, token: str | dict | None, own: int | None, fallback: int | list | None) -> int | None:
         """A token's id from tokenizer_config.json's spelling, else SentencePiece's own, else config.json's."""
         spelling = token.get("content") if isinstance(token, dict) else token
-        if isinstance(spelling, str):
-            index = self.backend.token_to_id(spelling) if self.backend else self.specials.get(spelling)
-            if index is not None:
-                return index
-        if self.processor is not None and getattr(self.processor, attribute)() >= 0:
-            return getattr(self.processor, attribute)()
+        if spelling in self.specials:
+            return self.specials[spelling]
+        if own is not None and own >= 0:
+            return own
         return next(iter(fallback), None) if isinstance(fallback, list) else fallback
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False) -> list[int]:
@@ -107,7 +118,7 @@ class Tokenizer:
             if number % 2:
                 ids.append(self.specials[part])
             elif part:
-                ids.extend(self._encode(part.replace(_MARK, "") if special else part))
+                ids.extend(self._encode(part.replace(_MARK, "") if special else part, number == 0))
         bos = self.adds_bos if bos is None else bos
         if (bos and self.bos_id is None) or (eos and self.eos_id is None):
             raise UserError(

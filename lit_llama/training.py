@@ -76,10 +76,7 @@ class TrainArgs:
 
 
 class Run:
-    """A run's devices, data and folder: all that can be checked before a model is loaded. Raises UserError if it fails.
-
-    The arguments are the flags of finetune/*.py.
-    """
+    """A run's devices, data and folder, checked (UserError) before a model is loaded; takes finetune/*.py's flags."""
 
     def __init__(
         self, *, checkpoint_dir: Path, data_dir: Path, out_dir: Path, devices: int, num_nodes: int, precision: str,
@@ -103,9 +100,7 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
     A step's loss is the sum over all its labels divided by their number, however its samples are cut into
     micro-batches. Raises UserError where it is not finite, or a checkpoint to resume from does not fit the model.
 
-    Args:
-        model: a LLaMA in which a method has made its parameters trainable (fp32).
-        save: writes what was trained into a folder, in the method's format.
+    In `model` a method has made its parameters trainable (fp32); `save` writes them into a folder in its format.
     """
     fabric, train_set, device = run.fabric, run.train_set, run.fabric.device
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -121,7 +116,7 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
     if first_step >= num_steps:
         raise UserError(f"{run.out_dir}: is at step {first_step} of {num_steps}, done. Raise --train.epochs to go on")
     with replacing(run.out_dir / "config.yaml") as file:
-        file.write_text(used_flags(), "utf-8")
+        file.write_text(used_flags().replace("resume: true", "resume: false"), "utf-8")
     start_metrics(run.out_dir / "metrics.csv", first_step)
     model, optimizer = fabric.setup_module(model), fabric.setup_optimizers(optimizer)
     count, whole = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
@@ -172,10 +167,11 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
         if bar.disable and (last or done % args.log_interval == 0 or done == 1):
             left = (num_steps - done) * seconds / (done - first_step)
             print(f"step {done}/{num_steps}: {line}, {left:.0f} s left", flush=True)
+        if last:
+            save(run.out_dir)
         if last or done % args.save_interval == 0:
             save_state(run.out_dir, done, trained, optimizer, args.keep_last)
     bar.close()
-    save(run.out_dir)
     change = "" if val_loss is None else f"val loss {first_val_loss:.4f} -> {val_loss:.4f}, "
     print(
         f"done: {change}{time.perf_counter() - started:.1f} s, {tokens_seen / seconds:.0f} tokens/s, "

@@ -84,6 +84,8 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], source: Path, con
     # params.json holds no context and no rope factor; these tell the published models apart
     scaled = bool(params.get("use_scaled_rope"))
     factor = params.get("rope_scaling_factor", 32.0 if hidden in (2048, 3072) else 8.0)
+    # but for the 65B, Llama 1 has another eps than Llama 2, whose largest has grouped queries
+    llama1 = eps == 1e-6 or (hidden == 8192 and not params.get("n_kv_heads"))
     head = shards[0].get("output.weight")
     return LLaMAConfig(
         # Llama 1 and 2 cut the embedding along the hidden dimension, Llama 3 along the vocabulary
@@ -94,7 +96,7 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], source: Path, con
         num_attention_heads=heads,
         num_key_value_heads=params.get("n_kv_heads") or heads,
         head_dim=hidden // heads,
-        max_position_embeddings=context or (131072 if scaled else 8192 if llama3 else 2048 if eps == 1e-6 else 4096),
+        max_position_embeddings=context or (131072 if scaled else 8192 if llama3 else 2048 if llama1 else 4096),
         rms_norm_eps=eps,
         rope_theta=theta,
         rope_scaling=LLAMA3_ROPE | {"factor": float(factor)} if scaled else None,

@@ -34,7 +34,7 @@ def main(
         seed: of the split into training and validation records.
     """
     args = PrepareArgs(checkpoint_dir, data_dir, val_size, max_seq_length, template, mask_prompt, seed)
-    path = source or fetch(URL, data_dir.with_name("downloads") / "databricks-dolly-15k.jsonl")
+    path = source or fetch(URL, data_dir.resolve().with_name("downloads") / "databricks-dolly-15k.jsonl")
     records = read_records(path)
     if source is None and len(records) != NUM_RECORDS:
         raise UserError(f"{path}: holds {len(records)} records instead of {NUM_RECORDS}. Delete it and run this again")

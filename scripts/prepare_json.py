@@ -6,6 +6,7 @@ The other prepare scripts are this one with another source and other column name
 import csv
 import hashlib
 import http.client
+import io
 import json
 import sys
 import urllib.request
@@ -50,6 +51,9 @@ def fetch(url: str, file: Path) -> Path:
     return file
 
 
+SURPLUS = "fields without a name"
+
+
 @dataclass
 class Columns:
     """Which fields of a record hold what.
@@ -81,11 +85,17 @@ def read_records(source: Path) -> list[dict[str, Any]]:
         raise UserError(f"{source}: the file is empty")
     if source.suffix == ".csv":
         csv.field_size_limit(sys.maxsize)
-        rows = csv.DictReader(text.splitlines(keepends=True), restkey="")
+        rows = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS, strict=True)
+        records: Any = []
         try:
-            records: Any = list(rows)
+            for record in rows:
+                if SURPLUS in record or None in record.values():
+                    found = "more" if SURPLUS in record else "fewer"
+                    hint = "Quote fields that hold a comma"
+                    raise UserError(f"{source}, line {rows.line_num}: {found} fields than the header has. {hint}")
+                records.append(record)
         except csv.Error as error:
-            raise UserError(f"{source}, line {rows.line_num}: malformed CSV ({error})") from None
+            raise UserError(f"{source}, line {rows.line_num + 1}: malformed CSV ({error})") from None
     elif source.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         records = [_parse_json(line, source, number) for number, line in lines if line.strip()]
@@ -104,8 +114,8 @@ def _parse_json(text: str, source: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{source}, line {line}, column {error.colno}: malformed JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{source}, line {first_line}: JSON nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+        raise UserError(f"{source}, line {first_line}: JSON that cannot be read ({error})") from None
 
 
 def to_messages(record: Any, columns: Columns, place: str) -> Messages:
@@ -121,6 +131,7 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
         good = isinstance(messages, list) and all(
             isinstance(m, dict)
             and isinstance(m.get("content"), str)
+            and isinstance(m.get("input", ""), str)
             and m.get("role") in ("system", "user", "assistant")
             for m in messages
         )
@@ -207,7 +218,7 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
             ids = (prompt + response)[: args.max_seq_length]
-            if len(prompt) >= args.max_seq_length:
+            if len(prompt) >= args.max_seq_length or len(ids) < 2:  # the first token is never predicted
                 counts["dropped_samples"] += 1
                 continue
             counts["cut_samples"] += len(prompt) + len(response) > args.max_seq_length

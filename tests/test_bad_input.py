@@ -183,6 +183,22 @@ CASES = {
         write("records.json", '[{"instruction": "a", "output": 3}, {}, {}]'),
         *(JSON, PREPARE, r"record 1: instruction, input and output should be text"),
     ),
+    "CSV with a comma too many": (
+        write("records.csv", "instruction,output\na,b\nc,d, e\n"),
+        *(JSON, PREPARE.replace("records.json", "records.csv"), r"records.csv, line 3: more fields than the header"),
+    ),
+    "CSV with a field too few": (
+        write("records.csv", "instruction,output\na\nc,d\n"),
+        *(JSON, PREPARE.replace("records.json", "records.csv"), r"records.csv, line 2: fewer fields than the header"),
+    ),
+    "CSV with a stray quote": (
+        write("records.csv", 'instruction,output\na,"b\nc,d\n'),
+        *(JSON, PREPARE.replace("records.json", "records.csv"), r"records.csv, line 2: malformed CSV"),
+    ),
+    "JSON with an endless number": (
+        write("records.json", f'[{{"instruction": {"1" * 5000}, "output": "b"}}]'),
+        *(JSON, PREPARE, r"records.json, line 1: JSON that cannot be read"),
+    ),
     "record that is no object": (
         write("records.json", '["a", "b", "c"]'),
         JSON,
@@ -237,6 +253,15 @@ CASES = {
     "r of 0": (None, FINETUNE, f"{TRAIN} --lora.r 0", r"--lora.r 0: should be at least 1"),
     "dropout of 1": (None, FINETUNE, f"{TRAIN} --lora.dropout 1", r"--lora.dropout 1.*less than 1"),
     "unknown target": (None, FINETUNE, f"{TRAIN} --lora.targets [c_attn]", r"'c_attn'. There are: q_proj, k_proj"),
+    "no target": (None, FINETUNE, f"{TRAIN} --lora.targets []", r"--lora.targets \[\]: should name at least one"),
+    "vocabulary size of null": (
+        lambda p: edit_json(p / "checkpoint/config.json", vocab_size=None),
+        *(BASE, ASK, r"'vocab_size' is missing"),
+    ),
+    "rope_theta of text": (
+        lambda p: edit_json(p / "checkpoint/config.json", rope_parameters={"rope_theta": "1e4"}),
+        *(BASE, ASK, r"'rope_theta' should be float"),
+    ),
     "batch of 0": (None, FINETUNE, f"{TRAIN} --train.epochs 0", r"--train.epochs 0: should be from 1 on"),
     "unknown flag": (None, FINETUNE, f"{TRAIN} --lora.rank 4", r"rank.*--help", 2),
     "word for a number": (None, FINETUNE, f"{TRAIN} --seed many", r"seed.*--help", 2),

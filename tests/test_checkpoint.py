@@ -56,14 +56,6 @@ def test_every_layout_of_the_hub_loads(tmp_path: Path, layout: str, tied: bool) 
     assert_same_logits(hf_model, tmp_path)
 
 
-def test_bin_of_before_torch_1_6_loads(tmp_path: Path) -> None:
-    hf_model = make_hf_model()
-    hf_model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(hf_model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_same_logits(hf_model, tmp_path)
-
-
 def test_rotary_buffers_of_old_exports_are_left_out(tmp_path: Path) -> None:
     hf_model = make_hf_model()
     save_bin(hf_model, tmp_path, 1)

@@ -48,6 +48,10 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path: Path, tiny_checkpoint: 
     assert again.returncode == 0, again.stderr
     loras = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again")]
     assert all(torch.equal(tensor, loras[1][name]) for name, tensor in loras[0].items())
+    longer = ["--config", tmp_path / "again/config.yaml", "--train.max_steps", 3]
+    assert call("finetune/lora.py", *longer, "--resume", "true").returncode == 0
+    once_more = call("finetune/lora.py", "--config", tmp_path / "again/config.yaml", "--out_dir", tmp_path / "third")
+    assert once_more.returncode == 0, once_more.stderr
 
 
 def test_a_wrong_call_is_one_line_and_status_2() -> None:

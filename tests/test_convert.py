@@ -128,6 +128,16 @@ def test_tied_head_of_meta_is_saved_once(tmp_path: Path) -> None:
     assert_same_logits(hf_model, tmp_path / "out")
 
 
+def test_context_of_llama_1_65b_is_that_of_llama_1() -> None:
+    sizes = dict(dim=8192, n_layers=80, n_heads=64, norm_eps=1e-5)
+    shards = [
+        {"tok_embeddings.weight": torch.empty(32000, 1024), "layers.0.feed_forward.w1.weight": torch.empty(2752, 1)}
+    ]
+    make_config = load_script("scripts/convert_meta_checkpoint.py").make_config
+    assert make_config(sizes, shards * 8, Path(), None).max_position_embeddings == 2048
+    assert make_config(sizes | dict(n_kv_heads=8), shards * 8, Path(), None).max_position_embeddings == 4096
+
+
 @pytest.mark.parametrize(("eps", "context"), [(1e-6, 2048), (1e-5, 4096)])
 def test_contexts_of_llama_1_and_2_are_told_apart(tmp_path: Path, eps: float, context: int) -> None:
     save_meta(noisy(rms_norm_eps=eps), tmp_path / "meta", 1)

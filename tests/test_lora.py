@@ -73,6 +73,11 @@ PEFT_SETTINGS = {
         rank_pattern={"down_proj": 6},
         alpha_pattern={"layers.1.self_attn.q_proj": 3},
     ),
+    "alpha of a full name": dict(r=4, target_modules=["q_proj"], alpha_pattern={"model.layers.0.self_attn.q_proj": 64}),
+    "alpha of a regular expression": dict(
+        r=4, target_modules=["q_proj"], alpha_pattern={r"^model\.layers\.0\..*q_proj": 64}
+    ),
+    "head": dict(r=4, target_modules=["lm_head", "q_proj"]),
     "regular expression": dict(r=2, target_modules=r".*layers\.1\.(self_attn|mlp)\.(k|up)_proj"),
     "one layer": dict(r=2, target_modules=["o_proj"], layers_to_transform=[1], layers_pattern="layers"),
 }
@@ -169,7 +174,17 @@ def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> No
             assert value == theirs[key], key
 
 
-@pytest.mark.parametrize("setting", [dict(use_dora=True), dict(use_rslora=True), dict(bias="all")], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(use_dora=True),
+        dict(use_rslora=True),
+        dict(bias="all"),
+        dict(layer_replication=[(0, 1), (0, 1)]),
+        dict(init_lora_weights="pissa"),
+    ],
+    ids=str,
+)
 def test_what_is_not_supported_is_refused(folder: Path, tmp_path: Path, setting: dict) -> None:
     peft_model(folder, r=4, target_modules=["q_proj"], **setting).save_pretrained(tmp_path / "lora")
     with pytest.raises(UserError, match=f"{next(iter(setting))} is .*not supported"):

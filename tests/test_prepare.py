@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import load_script, save_checkpoint_folder
 
 from lit_llama import Tokenizer, UserError
 from lit_llama.data import PreparedSet, pack, step_samples
@@ -206,3 +206,38 @@ def test_epochs_are_permutations_and_steps_cut_them() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
     assert step_samples(4, 16, 150, 50, seed=3) == steps[4]
     assert step_samples(4, 16, 150, 50, seed=4) != steps[4]
+
+
+def test_only_line_ends_end_a_row_of_a_csv(tmp_path: Path) -> None:
+    file = tmp_path / "s.csv"
+    file.write_text('instruction,output\nfirst,one\u2028still\x0bone\r\n"se\ncond",two\n', "utf-8", newline="")
+    assert prepare_json.read_records(file) == [
+        {"instruction": "first", "output": "one\u2028still\x0bone"},
+        {"instruction": "se\ncond", "output": "two"},
+    ]
+
+
+def test_keys_of_other_programs_in_messages_are_left_out(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    turns = [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": "yo", "weight": 1}]
+    source = write(tmp_path / "s.json", [{"messages": turns, "id": 3}])
+    prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
+    assert len(PreparedSet(tmp_path / "out/train.safetensors")) == 1
+
+
+def test_a_linked_folder_stays_linked(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big disk")
+    for _ in range(2):
+        prepare_json.main(write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "link", val_size=1)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big disk/meta.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big disk", "link", "s.json"]
+
+
+def test_samples_with_nothing_to_learn_are_dropped(tmp_path: Path) -> None:
+    save_checkpoint_folder(tmp_path / "model")
+    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": false}')
+    source = write(tmp_path / "s.json", [{"instruction": "", "output": ""}, {"instruction": "", "output": "a"}])
+    prepare_json.main(source, tmp_path / "model", tmp_path / "out", val_size=0, template="none")
+    assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_samples"] == 1
+    assert PreparedSet(tmp_path / "out/train.safetensors").label_counts == [1]

@@ -111,3 +111,24 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path: Path, tiny_checkpoi
         (tmp_path / "chat_template.jinja").write_text(jinja)
         with pytest.raises(UserError, match="chat template failed"):
             get_template("chat", Tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        CHATML.replace("{% for", "{% generation %}{% for").replace("{% endfor %}", "{% endfor %}{%- endgeneration -%}"),
+        CHATML.replace("{% endfor %}", "{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}"),
+        CHATML + "{% if false %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+    ],
+    ids=["generation", "break", "strftime_now"],
+)
+def test_templates_with_what_transformers_adds_to_jinja(tmp_path: Path, jinja: str) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(jinja)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    expected = theirs.apply_chat_template(
+        TURNS, chat_template=jinja, add_generation_prompt=True, return_dict=False, tokenize=True
+    )
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.adds_bos  # and yet none is put, for the template has none
+    assert encode_prompt(get_template("chat", tokenizer), tokenizer, TURNS) == expected

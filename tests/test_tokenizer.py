@@ -1,11 +1,14 @@
 """Token ids against `tokenizers`, `transformers` and `sentencepiece` on real text and on special tokens' spellings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from conftest import ROOT, save_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_llama import Tokenizer, UserError
@@ -113,3 +116,51 @@ def test_named_chat_templates(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).chat_template == "B"
     (tmp_path / "chat_template.jinja").write_text("C")
     assert Tokenizer(tmp_path).chat_template == "C"
+
+
+def test_truncation_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    plain = Tokenizer(tmp_path).encode("the lazy dog " * 50)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(16)
+    backend.enable_padding(length=900)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).encode("the lazy dog " * 50) == plain
+
+
+def test_a_bos_setting_of_null_is_none_at_all(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": null}')
+    assert not Tokenizer(tmp_path).adds_bos
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).adds_bos
+    assert Tokenizer(tmp_path).encode("a")[0] == 1
+
+
+def test_added_tokens_beside_tokenizer_model_are_special(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 1000, "<|im_end|>": 1001}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 1001, 1002)
+    ids = tokenizer.encode("<|im_start|>user", bos=False, special=True)
+    assert ids == [1000, *tokenizer.encode("user", bos=False)]
+    assert tokenizer.decode([*ids, 1001]) == "user"
+    assert 1000 not in tokenizer.encode("<|im_start|>user")
+
+
+def test_words_start_with_a_space_only_at_the_start_of_the_text(tmp_path: Path) -> None:
+    """Metaspace with prepend_scheme "first", as Mistral's newer files have it."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], show_progress=False)
+    backend.train_from_iterator(TEXTS[: len(RECORDS)], trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    theirs, ours = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")), Tokenizer(tmp_path)
+    for text in ("<s>[INST]What is gold?[/INST]A metal</s>", "What[INST] is", "gold", "[INST]"):
+        assert ours.encode(text, bos=False, special=True) == theirs(text, add_special_tokens=False).input_ids
+        expected = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ours.encode(text, bos=False) == expected

@@ -205,3 +205,28 @@ def test_bf16_run_keeps_the_trained_weights_in_fp32(tmp_path: Path, tiny_checkpo
 def test_recipes_out_of_range_are_refused(values: dict) -> None:
     with pytest.raises(UserError, match=f"--train.{next(iter(values))}"):
         TrainArgs(**values)
+
+
+def test_a_run_killed_before_its_lora_was_written_gets_it(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch
+) -> None:
+    """What was trained is written before the last checkpoint, so that a resume finds work left to do."""
+    recipe = dict(batch_size=16, max_steps=3, save_interval=2, learning_rate=1e-2)
+
+    def killed(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"{__name__}.save_lora", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_checkpoint, tiny_data, tmp_path, **recipe)
+    monkeypatch.undo()
+    rows = train(tiny_checkpoint, tiny_data, tmp_path, resume=True, **recipe)
+    assert column(rows, "step") == [1, 2, 3]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_any_seed_and_a_run_without_validation(tmp_path: Path, tiny_checkpoint: Path, records_file: Path) -> None:
+    load_script("scripts/prepare_json.py").main(records_file, tiny_checkpoint, tmp_path / "data", val_size=0)
+    main, recipe = load_script("finetune/lora.py").main, TrainArgs(batch_size=16, max_steps=1)
+    main(tiny_checkpoint, tmp_path / "data", tmp_path / "out", seed=99_999_999_999_999, train=recipe)
+    assert read_metrics(tmp_path / "out")[0]["val_loss"] == ""
