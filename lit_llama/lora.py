@@ -39,9 +39,10 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0:
-            name, least = ("r", "at least 1") if self.r < 1 else ("alpha", "more than 0")
-            raise UserError(f"--lora.{name} {getattr(self, name)}: should be {least}")
+        if self.r < 1:
+            raise UserError(f"--lora.r {self.r}: should be at least 1")
+        if self.alpha <= 0:
+            raise UserError(f"--lora.alpha {self.alpha}: should be more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: should be from 0 to less than 1")
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)

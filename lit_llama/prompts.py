@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer
@@ -115,6 +116,7 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
 
     extensions = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    compiled = lru_cache(environment.from_string)
     environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
     jinja = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)  # they mark what to learn
     spelling = {index: token for token, index in tokenizer.specials.items()}
@@ -123,8 +125,7 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     def render(messages: Messages, add_generation_prompt: bool = True) -> str:
         turns = [{"role": message["role"], "content": content(message)} for message in messages]
         try:
-            compiled = environment.from_string(jinja)
-            return compiled.render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
+            return compiled(jinja).render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(f"{folder}: its chat template failed ({error})") from None
 

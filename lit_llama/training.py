@@ -99,7 +99,6 @@ def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None
 
     A step's loss is the sum over all its labels divided by their number, however its samples are cut into
     micro-batches. Raises UserError where it is not finite, or a checkpoint to resume from does not fit the model.
-
     In `model` a method has made its parameters trainable (fp32); `save` writes them into a folder in its format.
     """
     fabric, train_set, device = run.fabric, run.train_set, run.fabric.device

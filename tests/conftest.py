@@ -1,8 +1,10 @@
 """Tiny random models in Hugging Face's format, and the project's scripts as importable modules."""
 
 import importlib.util
+import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +63,22 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}')
 
 
+def save_sentencepiece(file: Path, sentences: Iterable[str], vocab_size: int) -> None:
+    """A tokenizer.model of LLaMA's kind: BPE, byte fallback, no normalization, a dummy space in front."""
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(file.with_suffix("")),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+
 def save_checkpoint_folder(folder: Path, **settings) -> LlamaForCausalLM:
     """A model folder with weights, config and tokenizer, as `transformers` writes it."""
     model = make_hf_model(**settings)
@@ -79,8 +98,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty Alpaca records of different lengths."""
-    import json
-
     records = [
         {"instruction": f"Count to {n}.", "input": "from one" if n % 3 else "", "output": " ".join("one two"[: n % 8])}
         for n in range(60)

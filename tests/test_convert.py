@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, make_hf_model, save_tokenizer
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from conftest import load_script, make_hf_model, save_sentencepiece, save_tokenizer
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -288,17 +288,7 @@ def test_byte_level_bpe_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
 
 def test_sentencepiece_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
     sentences = ["the quick brown fox jumps over the lazy dog, and then the other one " * 3] * 20
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_prefix=str(tmp_path / "original"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    save_sentencepiece(tmp_path / "original.model", sentences, vocab_size=300)
     theirs = SentencePieceProcessor(model_file=str(tmp_path / "original.model"))
     size = theirs.vocab_size()
 

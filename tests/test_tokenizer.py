@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import ROOT, save_tokenizer
+from conftest import ROOT, save_sentencepiece, save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -26,19 +26,8 @@ TEXTS = [value for record in RECORDS for value in record.values() if value] + [
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.model of LLaMA's kind: BPE, byte fallback, no normalization, a dummy space in front."""
     folder = tmp_path_factory.mktemp("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[: len(RECORDS)]),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=1000,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
+    save_sentencepiece(folder / "tokenizer.model", TEXTS[: len(RECORDS)], vocab_size=1000)
     return folder
 
 
