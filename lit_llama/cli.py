@@ -1,6 +1,8 @@
 """What every script's command line has in common: flags from a typed `main`, and errors in one line."""
 
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,13 +26,15 @@ def run(main: Callable) -> None:
     parser.add_argument("--config", action="config", help="YAML file with flags; --print_config shows one.")
     parser.add_function_arguments(main, as_group=False)
     try:
-        flags = parser.parse_args()
+        flags = parser.parse_args(_spelled_out(sys.argv[1:], parser))
         _flags = parser.dump(flags)
         arguments = parser.instantiate(flags).as_dict()
         main(**{name: value for name, value in arguments.items() if name != "config"})
     except ArgumentError as error:
         _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
     except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # process 0 of this machine says the same
+            raise SystemExit(1) from None
         _fail(str(error))
     except torch.OutOfMemoryError as error:
         _fail(
@@ -40,8 +44,24 @@ def run(main: Callable) -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
+    except RuntimeError as error:
+        if not re.search("Connection (closed|reset)|Broken pipe|remote process exited", str(error)):
+            raise
+        _fail("another process of this run has ended, and so does this one. Go on with --resume")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+
+
+def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:
+    """`--resume` alone, for a flag that is true or false, as `--resume true`."""
+    actions = (action for action in parser._actions if getattr(action, "_typehint", None) is bool)
+    switches = {flag for action in actions for flag in action.option_strings}
+    following = [*words[1:], "--"]
+    return [
+        part
+        for word, after in zip(words, following, strict=False)
+        for part in ([word, "true"] if word in switches and after.startswith("--") else [word])
+    ]
 
 
 def used_flags() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.files import replacing
 
 LLAMA3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -93,7 +94,8 @@ class LLaMAConfig:
         own = dataclasses.asdict(self)
         base = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
         values = base | own.pop("extra") | own | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        with replacing(Path(checkpoint_dir) / "config.json") as file:
+            file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

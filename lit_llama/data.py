@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lit_llama.checkpoint import read_tensors
 from lit_llama.config import LLaMAConfig, read_json
 from lit_llama.errors import UserError
+from lit_llama.files import read_tensors
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -37,8 +37,11 @@ class PreparedSet:
         """The samples laid end to end, as arguments for `LLaMA.forward`, which then returns their summed loss.
 
         `input_ids` (tokens,) int64; `lengths` of the samples; `positions` (labels,) of the tokens whose successor is
-        learned, `labels` (labels,) those successors.
+        learned, `labels` (labels,) those successors. No samples make one token with nothing to learn.
         """
+        if not sample_ids:
+            nothing = torch.zeros(0, dtype=torch.long, device=device)
+            return dict(input_ids=nothing.new_zeros(1), positions=nothing, labels=nothing, lengths=[1])
         inputs, labels, positions, start = [], [], [], 0
         for index in sample_ids:
             ids, first = self.tokens[self._starts[index] : self._starts[index + 1]], self._first_labels[index]
@@ -89,6 +92,14 @@ def pack(sample_ids: Iterable[int], lengths: list[int], micro_batch_tokens: int)
         bins[place].append(index)
         room[place] -= lengths[index]
     return bins
+
+
+def share(batches: list[list[int]], rank: int, world_size: int) -> list[list[int]]:
+    """One process's part of a step's micro-batches. All get equally many: empty ones stand in where there are too few,
+    since a process that has none left must still take part in what the others' need of its shard of the weights.
+    """
+    own = batches[rank::world_size]
+    return own + [[]] * (-(-len(batches) // world_size) - len(own))
 
 
 def step_samples(step: int, batch_size: int, total: int, num_samples: int, seed: int) -> list[int]:

@@ -22,14 +22,16 @@ def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
     """Zero features of x (tokens, features) with probability `p` and scale the rest by 1 / (1 - p).
 
     Inside `token_rows` a token's mask is the same whatever lies beside it; elsewhere this is `F.dropout`. Layers of
-    different `name` get different masks.
+    different `name` get different masks. What is no micro-batch's tokens, an adapter's prompt, is (1, length, features)
+    and walks down the table from its first row.
     """
     if p == 0.0:
         return x
     if _rows is None:
         return F.dropout(x, p)
+    rows = _rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
     keep = _keep_table(p, x.size(-1), x.dtype, x.device)
-    return x * keep[(_rows + zlib.crc32(name.encode())) % ROWS] * (1 / (1 - p))
+    return x * keep[(rows + zlib.crc32(name.encode())) % ROWS] * (1 / (1 - p))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Decoding: one prefill, then a token at a time from the KV cache."""
 
-import dataclasses
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -114,12 +113,32 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def answer(
-    model: LLaMA, tokenizer: Tokenizer, prompt: str, input: str, template: str, num_samples: int, sampling: Sampling
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    template: str,
+    prompt: str,
+    input: str = "",
+    num_samples: int = 1,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float = 1.0,
+    seed: int = 1234,
 ) -> None:
     """Print answers to a prompt on stdout as their tokens come, then seconds, tokens/s and memory on stderr.
 
-    `prompt`, with `input` as its context, goes through `template`; each of the `num_samples` answers has its own seed,
-    counted up from `sampling.seed`.
+    Args:
+        model: what answers.
+        tokenizer: the model's.
+        template: the prompt template, a name that `get_template` knows.
+        prompt: the instruction, or with --template none the text to go on from.
+        input: context for the instruction.
+        num_samples: how many answers, with seeds counted up.
+        max_new_tokens: longest answer in tokens.
+        temperature: randomness; 0 takes the most likely token each time.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the most likely tokens that make up this probability.
+        seed: of the sampling.
     """
     device = model.embed_tokens.weight.device
     how = get_template(template, tokenizer)
@@ -128,7 +147,8 @@ def answer(
     ends = stop_ids(how, tokenizer, model.config.eos_token_id)
     for number in range(num_samples):
         started = time.perf_counter()
-        tokens = stream(model, input_ids, dataclasses.replace(sampling, seed=sampling.seed + number), ends)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + number)
+        tokens = stream(model, input_ids, sampling, ends)
         for new_tokens, piece in enumerate(pieces(tokenizer, map(int, tokens))):  # noqa: B007, used below
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - started

@@ -1,8 +1,10 @@
-"""LoRA: Hu et al. 2021, arXiv 2106.09685. Files are in the format of Hugging Face PEFT, both ways."""
+"""LoRA: Hu et al. 2021, arXiv 2106.09685, with rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353) and LoRA+ (arXiv
+2402.12354). Files are in the format of Hugging Face PEFT, both ways, and the settings have PEFT's names.
+"""
 
-import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.checkpoint import open_safetensors, read_tensors, replacing, save_tensors
-from lit_llama.config import read_json
 from lit_llama.dropout import token_dropout
 from lit_llama.errors import UserError
+from lit_llama.files import read_tensors
+from lit_llama.methods import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    base_linears,
+    base_name,
+    place_of,
+    read_settings,
+    replace_module,
+    save_method,
+)
 from lit_llama.model import LLaMA, recompute
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"
 
 
 @dataclass
@@ -29,45 +40,71 @@ class LoRAConfig:
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an input feature of the update, in training.
-        targets: names of the linear layers to adapt, as a list: ["q_proj", "v_proj"]. Any of q_proj, k_proj, v_proj,
-            o_proj, gate_proj, up_proj, down_proj, lm_head.
+        targets: the linear layers to adapt, by the end of their names, as a list: [q_proj, v_proj] or
+            [layers.0.mlp.up_proj]; [all-linear] means all but the head.
+        use_rslora: scale by alpha / sqrt(r) instead, which suits high ranks (rsLoRA).
+        use_dora: learn the length of each row of the weight apart from its direction (DoRA).
+        loraplus_lr_ratio: B learns this many times as fast as A (LoRA+).
     """
 
     r: int = 8
     alpha: float = 16
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"--lora.r {self.r}: should be at least 1")
-        if self.alpha <= 0:
-            raise UserError(f"--lora.alpha {self.alpha}: should be more than 0")
+        for name in ("alpha", "loraplus_lr_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--lora.{name} {getattr(self, name)}: should be more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: should be from 0 to less than 1")
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         if not self.targets:
             raise UserError("--lora.targets []: should name at least one linear layer")
 
+    def learning_rate_ratio(self, name: str) -> float:
+        """By how much the learning rate of the parameter called `name` is multiplied (LoRA+, section 4)."""
+        return self.loraplus_lr_ratio if ".lora_B." in name else 1.0
+
 
 class LoRALinear(nn.Module):
-    """y = base(x) + alpha / r * dropout(x) A^T B^T  (section 4.1).
+    """y = W x + scaling * B A dropout(x) + bias  (section 4.1), for DoRA with each output times m / |W + scaling B A|.
 
-    A starts Kaiming-uniform with a = sqrt(5) and B at zero, so that at first y = base(x). `base` is frozen; A and B are
-    fp32 and computed with in x's dtype.
+    `scaling` is alpha / r. A starts Kaiming-uniform with a = sqrt(5) and B at zero, DoRA's m at the lengths of W's
+    rows, so that at first y is the base's. The base is frozen; A, B and m are fp32 and computed with in x's dtype.
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, name: str) -> None:
+    def __init__(
+        self, base: nn.Linear, r: int, scaling: float, dropout: float, name: str, use_dora: bool = False
+    ) -> None:
         super().__init__()
-        self.base, self.scaling, self.dropout, self.name = base, alpha / r, dropout, name
-        place = dict(device=base.weight.device, dtype=torch.float32)
+        self.base, self.scaling, self.dropout, self.name = base, scaling, dropout, name
+        place = dict(device=place_of(base.weight), dtype=torch.float32)
         self.lora_A = nn.Linear(base.in_features, r, bias=False, **place)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        # (out_features,): the paper's m
+        self.lora_magnitude_vector = nn.Parameter(torch.ones(base.out_features, **place)) if use_dora else None
+
+    @torch.no_grad()
+    def init_from_base(self) -> None:
+        """DoRA's m from the base's weight, once that is there."""
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(row_lengths(self.base.weight))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        return self.base(x) + recompute(self.update, x)
+        drops = self.training and self.dropout > 0
+        update = recompute(self.update, x, preserve_rng_state=drops)
+        if self.lora_magnitude_vector is None:
+            return self.base(x) + update
+        result = self.dora_scale().to(x.dtype) * (F.linear(x, self.base.weight) + update)
+        return result if self.base.bias is None else result + self.base.bias
 
     def update(self, x: Tensor) -> Tensor:
         """The low-rank term alone."""
@@ -75,74 +112,81 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
+    def dora_scale(self) -> Tensor:
+        """m / |W + scaling B A|, one for each row, fp32; the length is taken as a constant (DoRA, section 4.3).
+
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b A A^T b^T for the rows w of W and b of B: no second weight is made.
+        """
+        with torch.no_grad(), torch.autocast(self.base.weight.device.type, enabled=False):
+            weight, a, b = self.base.weight, self.lora_A.weight.float(), self.lora_B.weight.float()
+            cross = F.linear(weight, a.to(weight.dtype)).float()  # (out_features, r)
+            added = (b * (2 * self.scaling * cross + self.scaling**2 * (b @ (a @ a.T)))).sum(dim=1)
+            lengths = row_lengths(weight)
+            # exactly the row's own length where b is zero
+            lengths = torch.where(added == 0, lengths, (lengths**2 + added).clamp(min=0).sqrt())
+        return self.lora_magnitude_vector / lengths
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """(out, in) -> (out,) fp32: the rows' Euclidean lengths."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
 
 def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
-    """Put a `LoRALinear` around each target layer, in place, and freeze the base. Raises UserError: unknown target."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+    """Put a `LoRALinear` around each target layer, in place. Raises UserError: unknown target."""
+    linears = base_linears(model)
+    named = {name: base_name(name) for name in linears}
+    chosen = set()
     for target in config.targets:
-        if target not in known:
+        found = {
+            name for name, own in named.items()
+            if (own != "lm_head" if target == ALL_LINEAR else f".{own}".endswith(f".{target}"))
+        }  # fmt: skip
+        if not found:
+            known = dict.fromkeys([ALL_LINEAR, *(own.rpartition(".")[2] for own in named.values())])
             raise UserError(f"--lora.targets: no linear layer is called {target!r}. There are: {', '.join(known)}")
-    freeze_base(model)
+        chosen |= found
+    scaling = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     for name, linear in linears.items():
-        if name.rpartition(".")[2] in config.targets:
-            _replace(model, name, LoRALinear(linear, config.r, config.alpha, config.dropout, name))
-
-
-def freeze_base(model: LLaMA) -> None:
-    """Switch off gradients of the LLaMA's own weights, not of what methods have added to it."""
-    with torch.device("meta"):
-        own = {name for name, _ in LLaMA(model.config).named_parameters()}
-    for name, parameter in model.named_parameters():
-        if name.replace(".base.", ".") in own:
-            parameter.requires_grad_(False)
+        if name in chosen:
+            lora = LoRALinear(linear, config.r, scaling, config.dropout, named[name], config.use_dora)
+            if not linear.weight.is_meta:
+                lora.init_from_base()
+            replace_module(model, name, lora.train(model.training))
 
 
 def merge_lora(model: LLaMA) -> None:
-    """Give each base layer W' = W + alpha / r * B A, computed in fp32 and rounded once, and take the LoRAs out."""
+    """Give each base layer W' = W + scaling B A (DoRA: with scaled rows), in fp32 and rounded once; drop the LoRAs."""
     loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, lora in loras.items():
         weight = lora.base.weight.float() + lora.scaling * (lora.lora_B.weight @ lora.lora_A.weight)
+        if lora.lora_magnitude_vector is not None:
+            weight = (lora.lora_magnitude_vector / row_lengths(weight))[:, None] * weight
         # a new tensor, never in place: the old one may be the mapped file itself
         lora.base.weight = nn.Parameter(weight.detach().to(lora.base.weight.dtype), requires_grad=False)
-        _replace(model, name, lora.base)
+        replace_module(model, name, lora.base)
 
 
-def save_lora(model: LLaMA, path: str | Path, config: LoRAConfig, base_model: str = "", template: str = "") -> None:
+def save_lora(
+    tensors: Mapping[str, Tensor], path: str | Path, config: LoRAConfig, base_model: str = "", template: str = ""
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) into the folder `path`, as PEFT does.
 
+    `tensors` are a model's parameters by name, of which the LoRA's are taken: `dict(model.named_parameters())`.
     `base_model` is the base's folder or hub name; `template`, that of the training, goes into the safetensors header.
     """
-    path = Path(path)
-    tensors = {
-        PEFT_PREFIX + (name if name.startswith("lm_head.") else f"model.{name}"): parameter.detach().float().cpu()
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
-    if not tensors:
+    stored = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            own = base_name(name)
+            stored[PEFT_PREFIX + (own if own.startswith("lm_head.") else f"model.{own}")] = tensor
+    if not stored:
         raise ValueError("the model has no LoRA; call apply_lora first")
+    targets = ALL_LINEAR if ALL_LINEAR in config.targets else list(config.targets)
     kind = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", fan_in_fan_out=False, inference_mode=True)
-    sizes = dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets))
-    settings = json.dumps(kind | sizes | {"base_model_name_or_path": base_model}, indent=2) + "\n"
-    with replacing(path / WEIGHTS_FILE) as file:
-        save_tensors(tensors, file, template=template)
-    with replacing(path / CONFIG_FILE) as file:
-        file.write_text(settings, "utf-8")
-
-
-def lora_template(path: str | Path) -> str | None:
-    """The prompt template that a LoRA was trained with, None where its file does not say (PEFT's do not)."""
-    with open_safetensors(Path(path) / WEIGHTS_FILE) as handle:
-        return (handle.metadata() or {}).get("template") or None
-
-
-def lora_base(path: str | Path) -> Path:
-    """The folder of the base model that a LoRA names. Raises UserError where it is not on this machine."""
-    base = read_lora_settings(Path(path)).get("base_model_name_or_path")
-    for folder in (base, f"checkpoints/{base}"):
-        if base and Path(folder).is_dir():
-            return Path(folder)
-    raise UserError(f"{path}: its base model {base!r} is no folder here. Give the base with --checkpoint_dir")
+    sizes = dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
+    more = dict(use_rslora=config.use_rslora, use_dora=config.use_dora, base_model_name_or_path=base_model)
+    save_method(path, kind | sizes | more, stored, template)
 
 
 def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
@@ -154,44 +198,45 @@ def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
     path = Path(path)
     settings = read_lora_settings(path)
     tensors, _ = read_tensors(path / WEIGHTS_FILE)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {base_name(name): (name, linear) for name, linear in base_linears(model).items()}
     # PEFT puts a copy of the base weight beside a LoRA on lm_head
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
-    names = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
-    for stored in names:
-        name = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
-        pair = [tensors.pop(f"{stored}.lora_{side}.weight", None) for side in "AB"]
-        if name not in linears or None in pair:
+    stored_names = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
+    use_rslora, use_dora = (bool(settings.get(key)) for key in ("use_rslora", "use_dora"))
+    for stored in stored_names:
+        own = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
+        parts = [tensors.pop(f"{stored}.lora_{side}.weight", None) for side in "AB"]
+        if use_dora:
+            parts.append(tensors.pop(f"{stored}.lora_magnitude_vector", None))
+        if own not in linears or any(part is None for part in parts):
             raise UserError(f"{path}: has a LoRA for {stored}, the model has no such layer. It is for another model")
-        linear, r = linears[name], pair[0].size(0)
-        found, wanted = [tuple(tensor.shape) for tensor in pair], [(r, linear.in_features), (linear.out_features, r)]
+        (name, linear), r = linears[own], parts[0].size(0)
+        found = [tuple(part.shape) for part in parts]
+        wanted = [(r, linear.in_features), (linear.out_features, r), (linear.out_features,)][: len(parts)]
         if found != wanted:
             raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
         alphas = (settings.get("alpha_pattern") or {}).items()  # regular expressions of layers with another alpha
-        own = (value for key, value in alphas if re.match(rf"(.*\.)?({key})$", stored.removeprefix(PEFT_PREFIX)))
-        alpha = next(own, settings["lora_alpha"])
-        lora = LoRALinear(linear, r, alpha, settings.get("lora_dropout", 0.0), name)
+        matching = (value for key, value in alphas if re.match(rf"(.*\.)?({key})$", stored.removeprefix(PEFT_PREFIX)))
+        scaling = next(matching, settings["lora_alpha"]) / (math.sqrt(r) if use_rslora else r)
+        lora = LoRALinear(linear, r, scaling, settings.get("lora_dropout", 0.0), own, use_dora)
         with torch.no_grad():
-            lora.lora_A.weight.copy_(pair[0])
-            lora.lora_B.weight.copy_(pair[1])
-        _replace(model, name, lora.train(model.training))
+            targets = (lora.lora_A.weight, lora.lora_B.weight, lora.lora_magnitude_vector)
+            for target, part in zip(targets, parts, strict=False):
+                target.copy_(part)
+        replace_module(model, name, lora.train(model.training))
     if tensors:
         raise UserError(f"{path}: holds tensors that are no LoRA of a linear layer: {', '.join(sorted(tensors)[:3])}")
-    freeze_base(model)
-    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return LoRAConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
+    targets = tuple(dict.fromkeys(stored.rpartition(".")[2] for stored in stored_names))
+    options = (settings.get("lora_dropout", 0.0), targets, use_rslora, use_dora)
+    return LoRAConfig(settings["r"], settings["lora_alpha"], *options)
 
 
 def read_lora_settings(path: Path) -> dict[str, Any]:
     """`adapter_config.json` of a LoRA folder. Raises UserError where it asks for something that is not supported."""
     file = path / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one: python finetune/lora.py --out_dir {path}")
-    settings = read_json(file)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
+    settings = read_settings(path, "peft_type", ("LORA",), "finetune/lora.py")
     unsupported = [
-        *("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"),
+        *("lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"),
         *("layer_replication", "alora_invocation_tokens", "bias"),
     ]
     if str(settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda")):
@@ -203,8 +248,3 @@ def read_lora_settings(path: Path) -> dict[str, Any]:
         if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
             raise UserError(f"{file}: {key} should be a positive number, is {settings.get(key)!r}")
     return settings
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -162,15 +162,19 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps)
-    return weight * normed.to(hidden_states.dtype)  # rounded before the weight, as the models were trained
+    normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps).to(hidden_states.dtype)
+    # rounded before the weight, as the models were trained; once more where a trained weight is fp32
+    return (weight * normed).to(hidden_states.dtype)
 
 
-def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, computed again in the backward pass: for what is cheaper to compute than to keep in memory."""
+def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = False) -> Tensor:
+    """`function(*args)`, computed again in the backward pass: for what is cheaper to compute than to keep in memory.
+
+    A function that draws random numbers needs `preserve_rng_state` to draw the same ones again.
+    """
     if not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:

@@ -1,28 +1,56 @@
 """The training loop, the same for every method: it knows a model with trainable parameters and how to save them."""
 
 import math
-import re
-import shutil
+import shlex
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import read_tensors, replacing, save_tensors
+from lit_llama.checkpoint import empty_model, load_weights
 from lit_llama.cli import used_flags
 from lit_llama.config import LLaMAConfig
-from lit_llama.data import open_prepared, pack, step_samples
-from lit_llama.distributed import PRECISIONS, make_fabric, peak_memory_bytes
+from lit_llama.data import open_prepared, pack, share, step_samples
+from lit_llama.distributed import (
+    PRECISIONS,
+    make_fabric,
+    peak_memory_bytes,
+    shard,
+    together,
+    whole_tensors,
+    writing_together,
+)
 from lit_llama.dropout import token_rows
 from lit_llama.errors import UserError
+from lit_llama.files import replacing
+from lit_llama.model import LLaMA, recompute
+from lit_llama.run_folder import (
+    Progress,
+    add_metrics,
+    check_flags,
+    checkpoints,
+    data_sha256,
+    load_state,
+    prune,
+    remove_leftovers,
+    save_state,
+    start_metrics,
+)
 from lit_llama.tokenizer import Tokenizer
 
-METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_second,peak_memory_bytes"
-STATE_FILE = "state.safetensors"
+Save = Callable[[Path, Iterator[tuple[str, Tensor]]], None]
+"""Writes trained parameters (names, whole CPU tensors) into a folder in a method's format."""
 
 
 @dataclass
@@ -32,11 +60,14 @@ class TrainArgs:
     Args:
         batch_size: samples an optimizer step sees, over all devices.
         micro_batch_tokens: tokens on a device at a time; a memory knob that leaves the results as they are.
+        activation_checkpointing: keep each block's input only and compute the block again on the way back: less memory,
+            a third more work.
         epochs: passes over the training set.
         max_steps: stop after that many steps, whatever epochs says.
         learning_rate: at its peak.
         schedule: after the warm-up: cosine (to zero) or constant.
         warmup_steps: the learning rate rises over these; at most half of a short run.
+        warmup_epochs: the same in passes over the training set; takes the place of warmup_steps.
         weight_decay: of AdamW.
         beta1: of AdamW.
         beta2: of AdamW.
@@ -44,17 +75,19 @@ class TrainArgs:
         eval_interval: steps between validations; there is one before the first step and after the last as well.
         eval_samples: validate on the first that many samples; default all.
         save_interval: steps between checkpoints to resume from.
-        keep_last: how many of these are kept.
+        keep_last: how many of these are kept, and the best one by validation loss beside them.
         log_interval: steps between lines on a terminal that shows no progress bar.
     """
 
     batch_size: int = 128
     micro_batch_tokens: int = 2048
+    activation_checkpointing: bool = False
     epochs: int = 5
     max_steps: int | None = None
     learning_rate: float = 3e-4
     schedule: str = "cosine"
     warmup_steps: int = 100
+    warmup_epochs: float | None = None
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -67,129 +100,263 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = int(self.__annotations__[name] is not float and name not in ("warmup_steps", "keep_last"))
+            least = int(not isinstance(TrainArgs.__dict__[name], float) and not name.startswith("warmup"))
             below = 1.0 if name.startswith("beta") else math.inf
-            if isinstance(value, (int, float)) and not least <= value < below:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value < below:
                 raise UserError(f"--train.{name} {value}: should be from {least} on, and below {below}")
         if self.schedule not in ("cosine", "constant"):
             raise UserError(f"--train.schedule {self.schedule}: unknown. Known: cosine, constant")
 
 
 class Run:
-    """A run's devices, data and folder, checked (UserError) before a model is loaded; takes finetune/*.py's flags."""
+    """What every finetuning run has: devices, data and a folder. Checked (UserError) before a model is loaded.
+
+    Args:
+        out_dir: where the result, metrics.csv and checkpoints go.
+        checkpoint_dir: the model folder.
+        data_dir: the prepared set, from scripts/prepare_*.py.
+        devices: how many devices to train on, on each machine.
+        num_nodes: how many machines.
+        precision: bf16-mixed (frozen weights bf16, trained ones fp32), 32-true, or bf16-true (all bf16).
+        seed: of everything random: the method's start, the samples' order, dropout.
+        resume: go on from the newest checkpoint in out_dir.
+    """
 
     def __init__(
-        self, *, checkpoint_dir: Path, data_dir: Path, out_dir: Path, devices: int, num_nodes: int, precision: str,
-        seed: int, resume: bool,
-    ) -> None:  # fmt: skip
+        self,
+        out_dir: Path,
+        checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
+        data_dir: Path = Path("data/alpaca"),
+        devices: int = 1,
+        num_nodes: int = 1,
+        precision: str = "bf16-mixed",
+        seed: int = 1337,
+        resume: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
         config = LLaMAConfig.from_checkpoint(checkpoint_dir)
         self.train_set, self.val_set, meta = open_prepared(data_dir, Tokenizer(checkpoint_dir), config)
-        self.template = meta["template"]
+        self.template, self.data_sha256 = meta["template"], data_sha256(data_dir)
         if resume and not (out_dir / "config.yaml").is_file():
             raise UserError(f"{out_dir}: no run there to resume. Start one without --resume")
+        if resume:
+            check_flags(out_dir, used_flags())
+        # all processes look before any of them can write: that takes until they have met in make_fabric
         if not resume and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise UserError(f"{out_dir}: holds another run. Go on with it: --resume true; or give another --out_dir")
-        self.fabric = make_fabric(devices, num_nodes, precision)
-        self.out_dir, self.seed, self.resume, self.weight_dtype = out_dir, seed, resume, PRECISIONS[precision]
+            raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
+
+        def parallelize(model: LLaMA, mesh: DeviceMesh) -> LLaMA:
+            shard(model, mesh, precision)
+            load_weights(model, checkpoint_dir, self.fabric.device)
+            return model
+
+        self.fabric = make_fabric(devices, num_nodes, precision, parallelize)
+        self.checkpoint_dir, self.out_dir, self.seed, self.resume = checkpoint_dir, out_dir, seed, resume
+        self.weight_dtype = PRECISIONS[precision]
         torch.manual_seed(seed)
 
+    def pack(self, sample_ids: Iterable[int], lengths: list[int], micro_batch_tokens: int) -> list[list[int]]:
+        """This process's micro-batches of those samples; all processes get equally many, some of them empty ones."""
+        return share(pack(sample_ids, lengths, micro_batch_tokens), self.fabric.global_rank, self.fabric.world_size)
 
-def fit(run: Run, model: nn.Module, args: TrainArgs, save: Callable[[Path], None]) -> None:
+    def build(self, apply: Callable[[LLaMA], None]) -> _FabricModule:
+        """The model with a method applied to it, its weights read into place: whole, or this process's shard of them.
+
+        `apply` changes the model, which is frozen and has no memory yet, and makes what it adds on the CPU.
+        """
+        model = empty_model(self.checkpoint_dir, self.weight_dtype)
+        apply(model)
+        if self.fabric.world_size == 1:  # else in `parallelize`
+            load_weights(model, self.checkpoint_dir, self.fabric.device)
+        return self.fabric.setup_module(model, move_to_device=self.fabric.world_size == 1)
+
+
+def fit(
+    run: Run,
+    model: _FabricModule,
+    args: TrainArgs,
+    save: Save,
+    learning_rate_ratio: Callable[[str], float] = lambda name: 1.0,
+) -> None:
     """Train what requires gradients, and leave the result, `metrics.csv` and `step-*` folders in `run.out_dir`.
 
-    A step's loss is the sum over all its labels divided by their number, however its samples are cut into
-    micro-batches. Raises UserError where it is not finite, or a checkpoint to resume from does not fit the model.
-    In `model` a method has made its parameters trainable (fp32); `save` writes them into a folder in its format.
+    A step's loss is the sum over all its labels divided by their number, however its samples are cut into micro-batches
+    and spread over devices. `model` is what `run.build` gave; `save` writes what was trained, by a method's format;
+    `learning_rate_ratio(name)` multiplies the learning rate of the parameter of that name.
+
+    Raises UserError where the loss is not finite, or a checkpoint to resume from does not fit the model; SystemExit
+    with status 128 plus its number where a signal has asked to stop, after a checkpoint.
     """
-    fabric, train_set, device = run.fabric, run.train_set, run.fabric.device
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fabric, train_set = run.fabric, run.train_set
+    if args.activation_checkpointing:
+        for layer in model.module.layers:
+            layer.forward = partial(recompute, layer.forward, preserve_rng_state=True)
+    trained = {name: parameter for name, parameter in model.module.named_parameters() if parameter.requires_grad}
     total_samples = args.epochs * len(train_set)
     if args.max_steps is not None:
         total_samples = min(total_samples, args.max_steps * args.batch_size)
     num_steps = math.ceil(total_samples / args.batch_size)
-    adam = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(trained.values(), **adam)
+    warmup = args.warmup_steps
+    if args.warmup_epochs is not None:
+        warmup = math.ceil(args.warmup_epochs * len(train_set) / args.batch_size)
+    warmup = min(warmup, num_steps // 2)
+    adamw = make_optimizer(trained, args, learning_rate_ratio)
 
+    progress = Progress(data_sha256=run.data_sha256)
     saved = checkpoints(run.out_dir) if run.resume else []  # none: the run was stopped before its first checkpoint
-    first_step = load_state(saved[-1], trained, optimizer) if saved else 0
+    if saved:
+        progress = load_state(saved[-1], fabric, trained, adamw)
+        if progress.data_sha256 != run.data_sha256:
+            raise UserError(f"{saved[-1]}: is of another prepared set. Resume with the --data_dir of config.yaml")
+    first_step = progress.step
     if first_step >= num_steps:
         raise UserError(f"{run.out_dir}: is at step {first_step} of {num_steps}, done. Raise --train.epochs to go on")
-    with replacing(run.out_dir / "config.yaml") as file:
-        file.write_text(used_flags().replace("resume: true", "resume: false"), "utf-8")
-    start_metrics(run.out_dir / "metrics.csv", first_step)
-    model, optimizer = fabric.setup_module(model), fabric.setup_optimizers(optimizer)
+    with together(fabric):
+        if fabric.is_global_zero:
+            remove_leftovers(run.out_dir)
+            with replacing(run.out_dir / "config.yaml") as file:
+                file.write_text(used_flags().replace("resume: true", "resume: false"), "utf-8")
+            start_metrics(run.out_dir / "metrics.csv", first_step)
+    optimizer = fabric.setup_optimizers(adamw)
     count, whole = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
-    print(f"training {count:,} of {whole:,} parameters on {device}, {num_steps} steps of {args.batch_size} samples")
-    warmup = min(args.warmup_steps, num_steps // 2)
-    started = time.perf_counter()
-    first_val_loss = val_loss = evaluate(run, model, args)
-    if val_loss is not None:
-        print(f"step {first_step}: val loss {val_loss:.4f}")
-    seconds, tokens_seen = 0.0, 0
-    bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
-    for step in range(first_step, num_steps):
-        step_started = time.perf_counter()
-        sample_ids = step_samples(step, args.batch_size, total_samples, len(train_set), run.seed)
-        num_labels = sum(train_set.label_counts[index] for index in sample_ids)
-        learning_rate = args.learning_rate * schedule(args.schedule, step, warmup, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss = torch.zeros((), device=device)
-        for ids in pack(sample_ids, train_set.lengths, args.micro_batch_tokens):
-            batch = train_set.micro_batch(ids, device)
-            with token_rows(run.seed, step, ids, batch["lengths"], device):
-                part = model(**batch) / num_labels
-                fabric.backward(part)
-            loss += part.detach()
-            del part  # it holds what was kept for the backward pass
-        grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-            raise UserError(
-                f"step {step + 1}: loss {loss.item()} and gradient norm {grad_norm.item()} are not finite; stopped "
-                f"before this step changed anything. Lower --train.learning_rate, or look at samples {sample_ids[:8]}"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+    where = f"{fabric.device}" if fabric.world_size == 1 else f"{fabric.world_size} devices"
+    fabric.print(
+        f"training {count:,} of {whole:,} parameters on {where}, {num_steps} steps of {args.batch_size} samples"
+    )
+    started, seconds, tokens_seen = time.perf_counter(), 0.0, 0
+    if progress.step == 0:
+        progress.first_val_loss = evaluate(run, model, args)
+        if progress.first_val_loss is not None:
+            fabric.print(f"step 0: val loss {progress.first_val_loss:.4f}", flush=True)
+    else:
+        fabric.print(f"going on after step {first_step}, from {saved[-1]}", flush=True)
 
-        tokens = sum(train_set.lengths[index] for index in sample_ids)
-        step_seconds = time.perf_counter() - step_started
-        seconds, tokens_seen = seconds + step_seconds, tokens_seen + tokens
-        done, last = step + 1, step + 1 == num_steps
-        val_loss = evaluate(run, model, args) if last or done % args.eval_interval == 0 else None
-        values = (done, len(sample_ids), tokens, loss.item(), val_loss, learning_rate, grad_norm.item())
-        add_metrics(run.out_dir / "metrics.csv", *values, tokens / step_seconds, peak_memory_bytes(device))
-        line = f"loss {loss.item():.4f}, {tokens_seen / seconds:.0f} tokens/s"
-        bar.set_postfix_str(line, refresh=False)
-        bar.update()
-        if val_loss is not None:
-            bar.write(f"step {done}: val loss {val_loss:.4f}")
-        if bar.disable and (last or done % args.log_interval == 0 or done == 1):
-            left = (num_steps - done) * seconds / (done - first_step)
-            print(f"step {done}/{num_steps}: {line}, {left:.0f} s left", flush=True)
-        if last:
-            save(run.out_dir)
-        if last or done % args.save_interval == 0:
-            save_state(run.out_dir, done, trained, optimizer, args.keep_last)
+    def keep() -> None:
+        with writing_together(fabric, run.out_dir / f"step-{progress.step:06}") as folder:
+            save_state(folder, fabric, trained, adamw, progress)
+            save_result(run, trained, save, folder)
+        if fabric.is_global_zero:
+            prune(run.out_dir, args.keep_last, progress.best_step)
+
+    hidden = None if fabric.is_global_zero else True
+    bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
+    with StopSignals() as stop:
+        for step in range(first_step, num_steps):
+            step_started = time.perf_counter()
+            sample_ids = step_samples(step, args.batch_size, total_samples, len(train_set), run.seed)
+            learning_rate = args.learning_rate * schedule(args.schedule, step, warmup, num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["ratio"]
+            try:
+                loss, grad_norm = train_step(run, model, trained, optimizer, args, step, sample_ids)
+            except UserError:
+                if step > first_step:
+                    keep()  # what is good still
+                raise
+
+            tokens = sum(train_set.lengths[index] for index in sample_ids)
+            step_seconds = time.perf_counter() - step_started
+            seconds, tokens_seen = seconds + step_seconds, tokens_seen + tokens
+            done, last = step + 1, step + 1 == num_steps
+            progress.step, progress.samples = done, progress.samples + len(sample_ids)
+            val_loss = evaluate(run, model, args) if last or done % args.eval_interval == 0 else None
+            is_best = val_loss is not None and val_loss < (progress.best_val_loss or math.inf)
+            if is_best:
+                progress.best_val_loss, progress.best_step = val_loss, done
+            values = (done, len(sample_ids), tokens, loss, val_loss, learning_rate, grad_norm)
+            with together(fabric):
+                if fabric.is_global_zero:
+                    speed, memory = tokens / step_seconds, peak_memory_bytes(fabric.device)
+                    add_metrics(run.out_dir / "metrics.csv", *values, speed, memory)
+            line = f"loss {loss:.4f}, {tokens_seen / seconds:.0f} tokens/s"
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+            if val_loss is not None and fabric.is_global_zero:
+                bar.write(f"step {done}: val loss {val_loss:.4f}")
+            if bar.disable and (last or done % args.log_interval == 0 or done == 1):
+                left = (num_steps - done) * seconds / (done - first_step)
+                fabric.print(f"step {done}/{num_steps}: {line}, {left:.0f} s left", flush=True)
+            if last:
+                save_result(run, trained, save, run.out_dir)
+            stopped_by = 0 if last else stop.agreed(run)
+            if last or is_best or stopped_by or done % args.save_interval == 0:
+                keep()
+            if stopped_by:
+                bar.close()
+                command = shlex.join(["python", sys.argv[0], "--config", f"{run.out_dir}/config.yaml", "--resume"])
+                fabric.print(f"stopped by {signal.Signals(stopped_by).name} after step {done}. Go on with: {command}")
+                raise SystemExit(128 + stopped_by if fabric.is_global_zero else 0)
     bar.close()
-    change = "" if val_loss is None else f"val loss {first_val_loss:.4f} -> {val_loss:.4f}, "
-    print(
+    change = "" if val_loss is None else f"val loss {progress.first_val_loss:.4f} -> {val_loss:.4f}, "
+    fabric.print(
         f"done: {change}{time.perf_counter() - started:.1f} s, {tokens_seen / seconds:.0f} tokens/s, "
-        f"peak memory {peak_memory_bytes(device) / 1e9:.2f} GB, result in {run.out_dir}"
+        f"peak memory {peak_memory_bytes(fabric.device) / 1e9:.2f} GB, result in {run.out_dir}"
     )
 
 
+def make_optimizer(
+    trained: dict[str, nn.Parameter], args: TrainArgs, learning_rate_ratio: Callable[[str], float]
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) with a group for each ratio of learning rates."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(learning_rate_ratio(name), []).append(parameter)
+    adam = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW([{"params": params, "ratio": ratio} for ratio, params in groups.items()], **adam)
+
+
+def train_step(
+    run: Run,
+    model: _FabricModule,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    args: TrainArgs,
+    step: int,
+    sample_ids: list[int],
+) -> tuple[float, float]:
+    """One optimizer step on the samples; returns loss and gradient norm. Raises UserError where one is not finite."""
+    fabric, train_set = run.fabric, run.train_set
+    num_labels = sum(train_set.label_counts[index] for index in sample_ids)
+    losses = []
+    for ids in run.pack(sample_ids, train_set.lengths, args.micro_batch_tokens):
+        batch = train_set.micro_batch(ids, fabric.device)
+        with token_rows(run.seed, step, ids or [0], batch["lengths"], fabric.device):
+            loss = model(**batch) / num_labels
+            # fully_shard takes the mean of the processes' gradients, this is a sum
+            fabric.backward(loss * fabric.world_size)
+        losses.append((ids, loss.detach()))
+        del loss  # it holds what was kept for the backward pass
+    total = fabric.all_reduce(torch.stack([loss for _, loss in losses]).sum(), reduce_op="sum")
+    norm = nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    loss, grad_norm = torch.stack([total, norm]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        bad = [index for ids, part in losses if not torch.isfinite(part) for index in ids]
+        bad = [index for rank in range(fabric.world_size) for index in fabric.broadcast(bad, src=rank)]
+        raise UserError(
+            f"step {step + 1}: loss {loss} and gradient norm {grad_norm} are not finite; stopped before this step "
+            f"changed anything. Lower --train.learning_rate and resume, or look at samples {bad or sample_ids} of train"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, args: TrainArgs) -> float | None:
+def evaluate(run: Run, model: _FabricModule, args: TrainArgs) -> float | None:
     """Mean loss over the labels of the validation set, None where there is none."""
     ids = range(len(run.val_set))[: args.eval_samples]
     if not ids:
         return None
     model.eval()
     total = torch.zeros((), device=run.fabric.device)
-    batches = pack(ids, run.val_set.lengths, args.micro_batch_tokens)
-    for sample_ids in tqdm(batches, desc="validating", leave=False, delay=2, disable=None):
+    batches = run.pack(ids, run.val_set.lengths, args.micro_batch_tokens)
+    hidden = None if run.fabric.is_global_zero else True
+    for sample_ids in tqdm(batches, desc="validating", leave=False, delay=2, disable=hidden):
         total += model(**run.val_set.micro_batch(sample_ids, run.fabric.device))
     model.train()
+    total = run.fabric.all_reduce(total, reduce_op="sum")
     return total.item() / sum(run.val_set.label_counts[index] for index in ids)
 
 
@@ -201,52 +368,38 @@ def schedule(kind: str, step: int, warmup: int, num_steps: int) -> float:
     return cosine if kind == "cosine" else 1.0
 
 
-def save_state(
-    out_dir: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep_last: int
-) -> None:
-    """Write `step-000123/`, whole or not at all, then remove the oldest ones over `keep_last`."""
-    tensors = {name: parameter.detach().cpu() for name, parameter in trained.items()}
-    for name, parameter in trained.items():
-        tensors |= {f"{name}/{key}": value.cpu() for key, value in optimizer.state[parameter].items()}
-    with replacing(out_dir / f"step-{step:06}") as folder:
-        folder.mkdir()
-        save_tensors(tensors, folder / STATE_FILE)
-    for old in checkpoints(out_dir)[: -keep_last or None]:
-        shutil.rmtree(old)
+def save_result(run: Run, trained: dict[str, nn.Parameter], save: Save, folder: Path) -> None:
+    """Let process 0 write the trained parameters into a folder in the method's format, each gathered as it comes."""
+    tensors = whole_tensors(trained.items())
+    with together(run.fabric):
+        try:
+            if run.fabric.is_global_zero:
+                save(folder, tensors)
+        finally:
+            for _ in tensors:  # where nothing is written, or no longer, the gathering must go on
+                pass
 
 
-@torch.no_grad()
-def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_state` wrote; return how many steps the run has behind it. Raises UserError: another model's."""
-    tensors, _ = read_tensors(folder / STATE_FILE)
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if "/" not in name}
-    if shapes != {name: parameter.shape for name, parameter in trained.items()}:
-        raise UserError(f"{folder}: is of another model or other method flags. Resume with those of config.yaml")
-    for name, tensor in tensors.items():
-        name, _, key = name.partition("/")
-        if key:
-            optimizer.state[trained[name]][key] = tensor.to(trained[name].device)
-        else:
-            trained[name].copy_(tensor)
-    return int(folder.name.removeprefix("step-"))
+class StopSignals:
+    """Inside the block, SIGTERM and SIGINT (Ctrl-C) are noted instead of ending the process; the second one ends it."""
 
+    def __enter__(self) -> "StopSignals":
+        self.number = 0
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there signals can be caught
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
 
-def checkpoints(out_dir: Path) -> list[Path]:
-    """Complete `step-*` folders of a run, oldest first (a folder has its name only once it is complete)."""
-    found = (path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    def note(self, number: int, frame: object) -> None:
+        self.__exit__()
+        self.number = number
+        print(f"{signal.Signals(number).name}: finishing this step (again: stop at once)", file=sys.stderr, flush=True)
 
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-def start_metrics(file: Path, first_step: int) -> None:
-    """A `metrics.csv` with its header and, where a run goes on after `first_step`, the rows up to that."""
-    old = file.read_text("utf-8").splitlines() if first_step and file.is_file() else []
-    rows = [row for row in old if row.partition(",")[0].isdigit() and int(row.partition(",")[0]) <= first_step]
-    with replacing(file) as temporary:
-        temporary.write_text("\n".join([METRICS, *rows, ""]), "utf-8")
-
-
-def add_metrics(file: Path, *values: float | None) -> None:
-    """Append a step's row, in the order of `METRICS`."""
-    row = ("" if value is None else f"{value:.8g}" if isinstance(value, float) else str(value) for value in values)
-    with file.open("a", encoding="utf-8") as out:
-        out.write(",".join(row) + "\n")
+    def agreed(self, run: Run) -> int:
+        """The number of a signal that any process has got, 0 for none: all stop after the same step."""
+        number = torch.tensor(float(self.number), device=run.fabric.device)
+        return int(run.fabric.all_reduce(number, reduce_op="max"))

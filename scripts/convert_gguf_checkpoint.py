@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import check_new_folder, save_checkpoint, tokenizer_files
+from lit_llama.checkpoint import save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.config import LLAMA3_ROPE
 from lit_llama.distributed import inference_dtype
+from lit_llama.files import check_new_folder
 from lit_llama.model import rope_frequencies
 
 TOP = {

@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import check_new_folder, load_pickled, save_checkpoint, tokenizer_files
+from lit_llama.checkpoint import save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
+from lit_llama.files import check_new_folder, load_pickled
 
 # its name -> ours; `c_attn` holds query, key and value
 TOP = {

@@ -8,10 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import check_new_folder, load_pickled, save_checkpoint, tokenizer_files
+from lit_llama.checkpoint import save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.config import LLAMA3_ROPE, read_json
 from lit_llama.distributed import inference_dtype
+from lit_llama.files import check_new_folder, load_pickled
 
 # Meta's name -> ours, and the dimension along which model-parallel shards are cut (None: every shard has all of it)
 TOP = {

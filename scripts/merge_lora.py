@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from lit_llama import load_model
-from lit_llama.checkpoint import check_new_folder, save_checkpoint, tokenizer_files
+from lit_llama import UserError, load_model
+from lit_llama.checkpoint import save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.lora import load_lora, lora_base, merge_lora
+from lit_llama.files import check_new_folder
+from lit_llama.lora import load_lora, merge_lora
+from lit_llama.methods import base_folder
 
 
 def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, precision: str = "bf16-true") -> None:
@@ -19,7 +21,9 @@ def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, pre
         precision: bf16-true or 32-true, what the merged weights are saved in.
     """
     check_new_folder(out_dir)
-    base = checkpoint_dir or lora_base(lora_path)
+    if (lora_path / "adapter").is_dir():
+        raise UserError(f"{lora_path}: was trained with an adapter, which cannot be merged")
+    base = checkpoint_dir or base_folder(lora_path)
     model = load_model(base, dtype=inference_dtype(precision))
     load_lora(model, lora_path)
     merge_lora(model)

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
-from lit_llama.checkpoint import check_new_folder, replacing, save_tensors
 from lit_llama.cli import run
+from lit_llama.files import check_new_folder, replacing, save_tensors
 from lit_llama.prompts import Messages, encode_prompt, get_template, stop_ids
 
 

@@ -78,7 +78,7 @@ def test_weights_are_frozen_and_rounded_to_the_dtype(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_bytes", [10**9, 60_000], ids=["one file", "shards"])
 def test_saved_folder_loads_in_transformers_and_here(tmp_path: Path, monkeypatch, max_bytes: int) -> None:
-    monkeypatch.setattr(lit_llama.checkpoint, "MAX_SHARD_BYTES", max_bytes)
+    monkeypatch.setattr(lit_llama.files, "MAX_FILE_BYTES", max_bytes)
     hf_model = save_checkpoint_folder(tmp_path / "from", num_key_value_heads=2)
     model = load_model(tmp_path / "from", dtype=torch.float32)
     save_checkpoint(tmp_path / "to", model.config, model.named_parameters(), tokenizer_files(tmp_path / "from"))

@@ -107,13 +107,13 @@ def test_streamed_text_holds_back_half_a_character(tiny_checkpoint: Path) -> Non
 def test_scripts_print_answers_and_three_figures(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
     settings = dict(max_new_tokens=10, temperature=0.0, precision="32-true")
     base = load_script("generate/base.py").main
-    base("Hello", checkpoint_dir=tiny_checkpoint, num_samples=2, template="alpaca", **settings)
+    base(prompt="Hello", checkpoint_dir=tiny_checkpoint, num_samples=2, template="alpaca", **settings)
     printed = capsys.readouterr()
     assert "Time for inference 2: " in printed.err
     assert "tokens/sec" in printed.err
     assert "Memory used: " in printed.err
     lora, config = load_model(tiny_checkpoint, dtype=torch.float32), LoRAConfig()
     apply_lora(lora, config)
-    save_lora(lora, tmp_path, config, base_model=str(tiny_checkpoint), template="alpaca")
-    load_script("generate/lora.py").main("Hello", lora_path=tmp_path, num_samples=2, **settings)
+    save_lora(dict(lora.named_parameters()), tmp_path, config, base_model=str(tiny_checkpoint), template="alpaca")
+    load_script("generate/lora.py").main(prompt="Hello", lora_path=tmp_path, num_samples=2, **settings)
     assert capsys.readouterr().out == printed.out  # an untrained LoRA changes nothing

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_llama import LLaMA, UserError, load_model
 from lit_llama.data import PreparedSet, step_samples
-from lit_llama.distributed import make_fabric
-from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, lora_template, merge_lora, save_lora
+from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, merge_lora, save_lora
+from lit_llama.methods import training_template
 from lit_llama.training import Run, TrainArgs, fit
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -58,7 +58,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["q, v", "all"])
 def test_our_lora_gives_the_same_logits_in_peft(folder: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
     model, config = with_lora(folder, r=4, alpha=12, targets=targets)
-    save_lora(model, tmp_path / "lora", config, base_model=str(folder))
+    save_lora(dict(model.named_parameters()), tmp_path / "lora", config, base_model=str(folder))
     base = load_model(folder, dtype=torch.float32)(INPUT_IDS)
     assert (model(INPUT_IDS) - base).std() > 0.1
     assert_close(model(INPUT_IDS), peft_model(folder, tmp_path / "lora")(INPUT_IDS).logits)
@@ -134,7 +134,7 @@ def product(module: LoRALinear) -> Tensor:
 
 
 def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
-    model = load_model(folder, dtype=torch.float32).requires_grad_(True)
+    model = load_model(folder, dtype=torch.float32)
     expected = model(INPUT_IDS)
     torch.manual_seed(0)
     apply_lora(model, LoRAConfig(r=4, targets=ALL))
@@ -150,15 +150,15 @@ def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
 
 def test_template_is_in_the_file_and_absent_from_pefts(folder: Path, tmp_path: Path) -> None:
     model, config = with_lora(folder)
-    save_lora(model, tmp_path / "ours", config, template="chatml")
-    assert lora_template(tmp_path / "ours") == "chatml"
+    save_lora(dict(model.named_parameters()), tmp_path / "ours", config, template="chatml")
+    assert training_template(tmp_path / "ours") == "chatml"
     peft_model(folder, r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "theirs")
-    assert lora_template(tmp_path / "theirs") is None
+    assert training_template(tmp_path / "theirs") is None
 
 
 def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> None:
     model, config = with_lora(folder, r=4, alpha=12, dropout=0.1)
-    save_lora(model, tmp_path / "ours", config, base_model="base")
+    save_lora(dict(model.named_parameters()), tmp_path / "ours", config, base_model="base")
     settings = dict(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     peft_model(folder, **settings).save_pretrained(tmp_path / "theirs")
     names = []
@@ -177,8 +177,6 @@ def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "setting",
     [
-        dict(use_dora=True),
-        dict(use_rslora=True),
         dict(bias="all"),
         dict(layer_replication=[(0, 1), (0, 1)]),
         dict(init_lora_weights="pissa"),
@@ -194,7 +192,7 @@ def test_what_is_not_supported_is_refused(folder: Path, tmp_path: Path, setting:
 def test_merged_folder_loads_in_transformers(tmp_path: Path) -> None:
     save_checkpoint_folder(tmp_path / "base")
     model, config = with_lora(tmp_path / "base", r=4)
-    save_lora(model, tmp_path / "lora", config, base_model=str(tmp_path / "base"))
+    save_lora(dict(model.named_parameters()), tmp_path / "lora", config, base_model=str(tmp_path / "base"))
     load_script("scripts/merge_lora.py").main(tmp_path / "lora", tmp_path / "merged", precision="32-true")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
@@ -211,12 +209,11 @@ def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: 
     """Same start, same samples: our padding-free loop against `peft`, `torch` and one sample at a time."""
     config = LoRAConfig(r=4, alpha=16, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
     run = make_run(tiny_checkpoint, tiny_data, tmp_path / "out")
-    model = load_model(tiny_checkpoint, dtype=torch.float32)
-    apply_lora(model, config)
-    save_lora(model, tmp_path / "start", config)
+    model = run.build(lambda llama: apply_lora(llama, config))
+    save_lora(dict(model.module.named_parameters()), tmp_path / "start", config)
     args = TrainArgs(batch_size=4, micro_batch_tokens=256, max_steps=20, learning_rate=1e-2, schedule="constant")
     args.warmup_steps, args.max_grad_norm, args.weight_decay = 0, 0.5, 0.1
-    fit(run, model, args, lambda path: save_lora(model, path, config))
+    fit(run, model, args, lambda folder, tensors: save_lora(dict(tensors), folder, config))
     rows = [line.split(",") for line in (tmp_path / "out/metrics.csv").read_text().splitlines()[1:]]
     losses, norms = ([float(row[column]) for row in rows] for column in (3, 6))
 
@@ -250,8 +247,3 @@ def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: 
     for (name, ours), reference in zip(final.named_parameters(), theirs.parameters(), strict=True):
         if "lora" in name:
             torch.testing.assert_close(ours, reference, atol=1e-3, rtol=0)  # twenty steps of 1e-2
-
-
-def test_fabric_is_made_for_one_device_only() -> None:
-    with pytest.raises(UserError, match="one device"):
-        make_fabric(2, 1, "32-true")

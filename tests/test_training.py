@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from lit_llama import UserError, load_model
 from lit_llama.data import PreparedSet
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-from lit_llama.training import METRICS, Run, TrainArgs, checkpoints, evaluate, fit, schedule
+from lit_llama.run_folder import METRICS, checkpoints
+from lit_llama.training import Run, TrainArgs, evaluate, fit, schedule
 
 CPU = torch.device("cpu")
 
@@ -22,10 +23,9 @@ def train(checkpoint: Path, data: Path, out_dir: Path, resume: bool = False, dro
     """A LoRA run in fp32; returns the rows of metrics.csv."""
     flags = dict(devices=1, num_nodes=1, precision="32-true", seed=7, resume=resume)
     run = Run(checkpoint_dir=checkpoint, data_dir=data, out_dir=out_dir, **flags)
-    model = load_model(checkpoint, dtype=run.weight_dtype)
     lora = LoRAConfig(r=4, dropout=dropout)
-    apply_lora(model, lora)
-    fit(run, model, TrainArgs(**recipe), lambda folder: save_lora(model, folder, lora, template=run.template))
+    model = run.build(lambda llama: apply_lora(llama, lora))
+    fit(run, model, TrainArgs(**recipe), lambda folder, tensors: save_lora(dict(tensors), folder, lora))
     return read_metrics(out_dir)
 
 
@@ -84,7 +84,7 @@ def test_validation_loss_is_the_mean_over_labels_of_transformers(
         with torch.no_grad():
             total += float(theirs(ids, labels=labels).loss) * labelled
         start, count = start + length, count + labelled
-    actual = evaluate(run, load_model(tiny_checkpoint, dtype=torch.float32), TrainArgs(micro_batch_tokens=300))
+    actual = evaluate(run, run.build(lambda llama: None), TrainArgs(micro_batch_tokens=300))
     assert actual == pytest.approx(total / count, rel=1e-5)  # fp32
 
 
@@ -138,23 +138,21 @@ def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path, tiny_checkpoint
     train(tiny_checkpoint, tiny_data, tmp_path, batch_size=16, max_steps=1)
     flags = dict(devices=1, num_nodes=1, precision="32-true", seed=7, resume=True)
     run = Run(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, out_dir=tmp_path, **flags)
-    model = load_model(tiny_checkpoint, dtype=torch.float32)
-    apply_lora(model, LoRAConfig(r=2))
+    model = run.build(lambda llama: apply_lora(llama, LoRAConfig(r=2)))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"step-000001.*config\.yaml"):
-        fit(run, model, TrainArgs(max_steps=2), lambda folder: None)
+        fit(run, model, TrainArgs(max_steps=2), lambda folder, tensors: None)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
     flags = dict(devices=1, num_nodes=1, precision="32-true", seed=7, resume=False)
     run = Run(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, out_dir=tmp_path / "out", **flags)
-    model = load_model(tiny_checkpoint, dtype=torch.float32)
-    apply_lora(model, LoRAConfig())
-    model.norm.weight.data[0] = torch.nan
+    model = run.build(lambda llama: apply_lora(llama, LoRAConfig()))
+    model.module.norm.weight.data[0] = torch.nan
     before = [parameter.clone() for parameter in model.parameters() if parameter.requires_grad]
     with pytest.raises(UserError, match=r"step 1: loss nan .*learning_rate.*samples \["):
-        fit(run, model, TrainArgs(batch_size=4), lambda folder: None)
+        fit(run, model, TrainArgs(batch_size=4), lambda folder, tensors: None)
     for old, new in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True):
         assert torch.equal(old, new)
 
@@ -178,7 +176,7 @@ def test_schedule_matches_torchs(kind: str) -> None:
 def test_bf16_run_keeps_the_trained_weights_in_fp32(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
     main = load_script("finetune/lora.py").main
     recipe = TrainArgs(batch_size=16, max_steps=12, learning_rate=1e-2, warmup_steps=0)
-    main(tiny_checkpoint, tiny_data, tmp_path / "out", train=recipe)
+    main(tmp_path / "out", train=recipe, checkpoint_dir=tiny_checkpoint, data_dir=tiny_data)
     rows = read_metrics(tmp_path / "out")
     fp32 = train(tiny_checkpoint, tiny_data, tmp_path / "fp32", dropout=0.05, **vars(recipe))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.5
@@ -228,5 +226,6 @@ def test_a_run_killed_before_its_lora_was_written_gets_it(
 def test_any_seed_and_a_run_without_validation(tmp_path: Path, tiny_checkpoint: Path, records_file: Path) -> None:
     load_script("scripts/prepare_json.py").main(records_file, tiny_checkpoint, tmp_path / "data", val_size=0)
     main, recipe = load_script("finetune/lora.py").main, TrainArgs(batch_size=16, max_steps=1)
-    main(tiny_checkpoint, tmp_path / "data", tmp_path / "out", seed=99_999_999_999_999, train=recipe)
+    flags = dict(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / "data", seed=99_999_999_999_999)
+    main(tmp_path / "out", train=recipe, **flags)
     assert read_metrics(tmp_path / "out")[0]["val_loss"] == ""

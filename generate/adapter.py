@@ -1,0 +1,36 @@
+"""Answer a prompt with a LLaMA-Adapter. Guide: howto/inference.md"""
+
+from pathlib import Path
+
+from lit_llama import Tokenizer, load_model
+from lit_llama.adapter import load_adapter
+from lit_llama.cli import run
+from lit_llama.distributed import inference_dtype
+from lit_llama.generation import answer, default_device
+from lit_llama.methods import base_folder, training_template
+
+
+def main(
+    adapter_path: Path = Path("out/adapter/alpaca"),
+    checkpoint_dir: Path | None = None,
+    template: str | None = None,
+    precision: str = "bf16-true",
+    **flags,
+) -> None:
+    """Answer a prompt with a LLaMA-Adapter. Guide: howto/inference.md
+
+    Args:
+        adapter_path: the adapter's folder.
+        checkpoint_dir: the base model's folder; default: the one that the adapter names.
+        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's.
+        precision: bf16-true or 32-true.
+    """
+    checkpoint_dir = checkpoint_dir or base_folder(adapter_path)
+    tokenizer = Tokenizer(checkpoint_dir)
+    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    load_adapter(model, adapter_path)
+    answer(model, tokenizer, template or training_template(adapter_path) or "alpaca", **flags)
+
+
+if __name__ == "__main__":
+    run(main)

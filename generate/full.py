@@ -1,0 +1,31 @@
+"""Answer a prompt with a model whose weights were all finetuned. Guide: howto/inference.md"""
+
+from pathlib import Path
+
+from lit_llama import Tokenizer, load_model
+from lit_llama.checkpoint import checkpoint_template
+from lit_llama.cli import run
+from lit_llama.distributed import inference_dtype
+from lit_llama.generation import answer, default_device
+
+
+def main(
+    checkpoint_dir: Path = Path("out/full/alpaca"),
+    template: str | None = None,
+    precision: str = "bf16-true",
+    **flags,
+) -> None:
+    """Answer a prompt with a model whose weights were all finetuned. Guide: howto/inference.md
+
+    Args:
+        checkpoint_dir: the folder that finetune/full.py wrote.
+        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
+        precision: bf16-true or 32-true.
+    """
+    tokenizer = Tokenizer(checkpoint_dir)
+    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    answer(model, tokenizer, template or checkpoint_template(checkpoint_dir) or "alpaca", **flags)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""Files that are whole: safetensors and pickled tensors read with care, and writing that leaves the old or the new."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_llama.errors import UserError
+
+MAX_FILE_BYTES = 5 * 10**9
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[safe_open]:
+    """`safe_open` for reading on the CPU. Raises UserError where the file is missing, cut off or malformed."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or cut off ({error})"
+        raise UserError(f"{file}: {reason}. Download or write it again") from None
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, memory-mapped, and its metadata. Raises UserError as `open_safetensors`."""
+    with open_safetensors(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+
+
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` or `.pth`, memory-mapped. Raises UserError for others."""
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{file}: refused, its pickle holds more than tensors (it could run code)") from None
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: damaged or cut off ({reason}). Download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file}: should hold named tensors and nothing else")
+    return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
+    """`save_file` of safetensors, with a full disk as an OSError instead of the library's own exception."""
+    try:
+        save_file(tensors, file, {"format": "pt"} | metadata)
+    except SafetensorError as error:
+        raise OSError(None, f"cannot be written ({error})", str(file)) from None
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
+
+
+def cut_into_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors, in order, as groups of at most 5 GB (or of one larger tensor); no more than one is held."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if group and sum(t.nbytes for t in group.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            yield group
+            group = {}
+        group[name] = tensor
+    if group:
+        yield group
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder that takes the place of `path`, whole, once the block has ended.
+
+    It is flushed before, and removed if the block ends in an error: readers see the old one or the new one.
+    """
+    (path := path.resolve()).parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        yield temporary
+        flush(temporary)
+        if path.is_dir():  # a file is replaced by the rename itself
+            path.rename(old)
+        temporary.rename(path)
+        _fsync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Return once a file, or a folder with all that is in it, is on the disk itself."""
+    for part in (*path.rglob("*"), path):
+        _fsync(part)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

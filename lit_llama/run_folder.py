@@ -1,0 +1,177 @@
+"""What a run leaves on disk beside its result: `config.yaml`, `metrics.csv`, and `step-*` folders to go on from."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from lit_llama.config import read_json
+from lit_llama.distributed import local_part, local_rows
+from lit_llama.errors import UserError
+from lit_llama.files import cut_into_files, open_safetensors, replacing, save_tensors
+
+METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_second,peak_memory_bytes"
+FREE_FLAGS = re.compile(
+    r"checkpoint_dir|data_dir|out_dir|devices|num_nodes|resume|config|train\.(epochs|max_steps|micro_batch_tokens|"
+    r"learning_rate|schedule|warmup_.*|weight_decay|beta.|max_grad_norm|eval_.*|save_.*|keep_last|log_interval|"
+    r"activation_checkpointing)"
+)
+"""What may change when a run goes on. Others, the seed or a LoRA's rank, would make its state meaningless."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with it and the seed follow learning rate, dropout and which samples come next."""
+
+    step: int = 0
+    samples: int = 0
+    first_val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    data_sha256: str = ""  # of the prepared set's meta.json
+
+
+def check_flags(out_dir: Path, flags: str) -> None:
+    """Raise UserError where a run would go on with flags that do not fit the state in `out_dir`."""
+    old, new = (flatten(yaml.safe_load(text) or {}) for text in ((out_dir / "config.yaml").read_text("utf-8"), flags))
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name] and not FREE_FLAGS.fullmatch(name):
+            changed = f"--{name} was {old[name]!r} when this run began, now it is {new[name]!r}"
+            raise UserError(f"{out_dir}: {changed}. Go on with the former, or start anew in another --out_dir")
+
+
+def flatten(flags: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 5}} -> {"train.epochs": 5}."""
+    flat = {}
+    for name, value in flags.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def data_sha256(data_dir: Path) -> str:
+    """Of what a prepared set was made from and how; sets with the same one hold the same samples."""
+    return hashlib.sha256((data_dir / "meta.json").read_bytes()).hexdigest()
+
+
+def save_state(
+    folder: Path, fabric: Fabric, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Write what this process holds of parameters, optimizer and random states, and how far the run is, into `folder`.
+
+    Each process writes `state-<rank>-<number>.safetensors`; a tensor's name ends in `@` and its first row in the whole
+    tensor. Process 0 adds `state.json`.
+    """
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in trained.items():
+            first = local_rows(parameter).start
+            yield f"{name}@{first}", local_part(parameter.detach()).cpu()
+            for key, value in optimizer.state[parameter].items():
+                # a sharded parameter's moments are sharded alike; the step count is one number everywhere
+                yield f"{name}/{key}@{first if value.dim() else 0}", local_part(value).cpu()
+        yield f"rng/cpu/{fabric.global_rank}@0", torch.get_rng_state()
+        if fabric.device.type == "cuda":
+            yield f"rng/cuda/{fabric.global_rank}@0", torch.cuda.get_rng_state(fabric.device)
+
+    for number, group in enumerate(cut_into_files(parts())):
+        group = {name: tensor.contiguous() for name, tensor in group.items() if tensor.numel()}
+        save_tensors(group, folder / f"state-{fabric.global_rank:05}-{number:05}.safetensors")
+    if fabric.is_global_zero:
+        groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+        shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+        state = asdict(progress) | {"processes": fabric.world_size, "optimizer": groups, "shapes": shapes}
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+
+
+@torch.no_grad()
+def load_state(
+    folder: Path, fabric: Fabric, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Read what `save_state` wrote, on whatever number of processes. Raises UserError: damaged, or another model's."""
+    state = read_json(folder / "state.json")
+    if state.get("shapes") != {name: list(parameter.shape) for name, parameter in trained.items()}:
+        raise UserError(f"{folder}: is of another model or other method flags. Resume with those of config.yaml")
+    files: dict[str, list[tuple[int, Path]]] = {}  # name -> its pieces: first row, file
+    for file in sorted(folder.glob("state-*.safetensors")):
+        with open_safetensors(file) as handle:
+            for stored in handle.keys():  # noqa: SIM118
+                name, _, first = stored.rpartition("@")
+                files.setdefault(name, []).append((int(first), file))
+
+    def read(name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or those rows of it, put together from their pieces."""
+        pieces = []
+        for first, file in sorted(files.get(name, [])):
+            with open_safetensors(file) as handle:
+                piece = handle.get_slice(f"{name}@{first}")
+                if rows is None:
+                    return handle.get_tensor(f"{name}@{first}")
+                begin, end = max(rows.start - first, 0), min(rows.stop - first, piece.get_shape()[0])
+                if begin < end:
+                    pieces.append(piece[begin:end])
+        whole = torch.cat(pieces) if pieces else torch.empty(0)
+        if rows is None or (len(whole) != rows.stop - rows.start and rows.start < rows.stop):
+            raise UserError(f"{folder}: damaged, {name} is not all there. Remove this folder and resume again")
+        return whole
+
+    keys = {name.partition("/")[2] for name in files if not name.startswith("rng/")} - {""}
+    for name, parameter in trained.items():
+        rows, state_of = local_rows(parameter), optimizer.state[parameter]
+        state_of |= {key: torch.empty_like(parameter) for key in keys if key != "step"}
+        for stored, value in ((name, parameter), *((f"{name}/{key}", value) for key, value in state_of.items())):
+            if rows.start < rows.stop:  # else this process has no row of a small parameter
+                local_part(value).copy_(read(stored, rows))
+        if "step" in keys:
+            state_of["step"] = read(f"{name}/step").to(fabric.device)
+    if (own := f"rng/cpu/{fabric.global_rank}") in files:
+        torch.set_rng_state(read(own))
+    if fabric.device.type == "cuda" and (own := f"rng/cuda/{fabric.global_rank}") in files:
+        torch.cuda.set_rng_state(read(own), fabric.device)
+    return Progress(**{name: state.get(name) for name in Progress.__annotations__})
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Complete `step-*` folders of a run, oldest first (a folder has its name only once it is complete)."""
+    found = (path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prune(out_dir: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove the oldest `step-*` folders over `keep_last`, but not the best one by validation loss."""
+    for old in checkpoints(out_dir)[:-keep_last]:
+        if old.name != f"step-{best_step or 0:06}":
+            # renamed first: a folder that is half removed must not look whole
+            trash = old.rename(old.with_name(f".{old.name}.old"))
+            shutil.rmtree(trash)
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    """Remove what a killed process has left half-written or half-removed."""
+    for leftover in out_dir.glob(".*"):
+        if re.fullmatch(r"\..*\.(tmp|old)(-\d+)?", leftover.name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def start_metrics(file: Path, first_step: int) -> None:
+    """A `metrics.csv` with its header and, where a run goes on after `first_step`, the rows up to that."""
+    old = file.read_text("utf-8").splitlines() if first_step and file.is_file() else []
+    whole = (row for row in old[1:] if row.count(",") == METRICS.count(","))
+    rows = [row for row in whole if int(row.partition(",")[0]) <= first_step]
+    with replacing(file) as temporary:
+        temporary.write_text("\n".join([METRICS, *rows, ""]), "utf-8")
+
+
+def add_metrics(file: Path, *values: float | None) -> None:
+    """Append a step's row, in the order of `METRICS`."""
+    row = ("" if value is None else f"{value:.8g}" if isinstance(value, float) else str(value) for value in values)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(",".join(row) + "\n")
