@@ -4,6 +4,7 @@ Version 1 gives the upper layers a few learned prompt vectors to attend to, apar
 starts closed. Version 2 also learns a bias and a scale for each linear layer, and the norms.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,12 +84,12 @@ class AdapterAttention(nn.Module):
 class AdapterV2Linear(nn.Module):
     """y = scale * (base(x) + bias), both learned, starting at one and zero (v2, section 3.2)."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module, out_features: int, device: torch.device) -> None:
         super().__init__()
         self.base = base
-        place = dict(device=place_of(base.weight), dtype=torch.float32)
-        self.scale = nn.Parameter(torch.ones(base.out_features, **place))
-        self.bias = nn.Parameter(torch.zeros(base.out_features, **place))
+        place = dict(device=device, dtype=torch.float32)
+        self.scale = nn.Parameter(torch.ones(out_features, **place))
+        self.bias = nn.Parameter(torch.zeros(out_features, **place))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         y = self.base(x)
@@ -108,7 +109,9 @@ def apply_adapter_v2(model: LLaMA, config: AdapterConfig) -> None:
     """Version 1's prompts, a bias and a scale for each linear layer, and norms that train in fp32. Raises UserError."""
     apply_adapter(model, config)
     for name, linear in base_linears(model).items():
-        replace_module(model, name, AdapterV2Linear(linear))
+        outermost = re.sub(r"(\.base)+$", "", name)  # with the LoRA around it
+        module = model.get_submodule(outermost)
+        replace_module(model, outermost, AdapterV2Linear(module, linear.out_features, place_of(linear.weight)))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.detach().float())

@@ -101,10 +101,13 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         drops = self.training and self.dropout > 0
         update = recompute(self.update, x, preserve_rng_state=drops)
+        y = self.base(x)
         if self.lora_magnitude_vector is None:
-            return self.base(x) + update
-        result = self.dora_scale().to(x.dtype) * (F.linear(x, self.base.weight) + update)
-        return result if self.base.bias is None else result + self.base.bias
+            return y + update
+        scale = self.dora_scale()
+        without_bias = y if self.base.bias is None else y - self.base.bias
+        # scale * (W x + update) + bias, put so that a scale of one and no update leave y as it is, to the bit
+        return y + (scale - 1).to(y.dtype) * without_bias + scale.to(y.dtype) * update
 
     def update(self, x: Tensor) -> Tensor:
         """The low-rank term alone."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import load_script, make_hf_model, save_checkpoint_folder
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from lit_llama import LLaMA, UserError, load_model
 from lit_llama.data import PreparedSet, step_samples
 from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, merge_lora, save_lora
 from lit_llama.methods import training_template
-from lit_llama.training import Run, TrainArgs, fit
+from lit_llama.training import Run, TrainArgs, fit, make_optimizer
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 INPUT_IDS = torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -28,11 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def randomized(model: LLaMA) -> LLaMA:
-    """B away from zero, where a LoRA does nothing."""
+    """B away from zero, where a LoRA does nothing, and DoRA's lengths away from those of the weights."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        if "lora_magnitude_vector" in name:
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
     return model
 
 
@@ -54,10 +57,21 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)  # fp32
 
 
+OUR_SETTINGS = {
+    "q, v": dict(targets=("q_proj", "v_proj")),
+    "all": dict(targets=ALL),
+    "all-linear": dict(targets=("all-linear",)),
+    "one layer": dict(targets=("layers.1.mlp.up_proj", "k_proj")),
+    "rsLoRA": dict(targets=("q_proj", "v_proj"), use_rslora=True),
+    "DoRA": dict(targets=("all-linear",), use_dora=True),
+    "rsLoRA and DoRA": dict(targets=("all-linear",), use_rslora=True, use_dora=True),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["q, v", "all"])
-def test_our_lora_gives_the_same_logits_in_peft(folder: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
-    model, config = with_lora(folder, r=4, alpha=12, targets=targets)
+@pytest.mark.parametrize("settings", OUR_SETTINGS.values(), ids=OUR_SETTINGS)
+def test_our_lora_gives_the_same_logits_in_peft(folder: Path, tmp_path: Path, settings: dict) -> None:
+    model, config = with_lora(folder, r=4, alpha=12, **settings)
     save_lora(dict(model.named_parameters()), tmp_path / "lora", config, base_model=str(folder))
     base = load_model(folder, dtype=torch.float32)(INPUT_IDS)
     assert (model(INPUT_IDS) - base).std() > 0.1
@@ -78,6 +92,9 @@ PEFT_SETTINGS = {
         r=4, target_modules=["q_proj"], alpha_pattern={r"^model\.layers\.0\..*q_proj": 64}
     ),
     "head": dict(r=4, target_modules=["lm_head", "q_proj"]),
+    "rsLoRA": dict(r=4, target_modules=["q_proj", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 6}),
+    "DoRA": dict(r=4, target_modules="all-linear", use_dora=True),
+    "rsLoRA and DoRA": dict(r=4, target_modules="all-linear", use_dora=True, use_rslora=True),
     "regular expression": dict(r=2, target_modules=r".*layers\.1\.(self_attn|mlp)\.(k|up)_proj"),
     "one layer": dict(r=2, target_modules=["o_proj"], layers_to_transform=[1], layers_pattern="layers"),
 }
@@ -96,8 +113,9 @@ def test_pefts_lora_gives_the_same_logits_here(folder: Path, tmp_path: Path, set
 
 
 @torch.no_grad()
-def test_merged_equals_unmerged_and_leaves_a_plain_model(folder: Path) -> None:
-    model, _ = with_lora(folder, r=4, targets=ALL)
+@pytest.mark.parametrize("settings", OUR_SETTINGS.values(), ids=OUR_SETTINGS)
+def test_merged_equals_unmerged_and_leaves_a_plain_model(folder: Path, settings: dict) -> None:
+    model, _ = with_lora(folder, r=4, **settings)
     expected = model(INPUT_IDS)
     before = (folder / "model.safetensors").read_bytes()
     merge_lora(model)
@@ -146,6 +164,44 @@ def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
     # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in_features)
     weight = model.layers[0].mlp.down_proj.lora_A.weight
     assert 0.9 / 8 < weight.abs().max() <= 1 / 8
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_gradients_are_pefts(tmp_path: Path, dora: bool) -> None:
+    """With biases, and DoRA's length taken as a constant."""
+    make_hf_model(num_key_value_heads=2, attention_bias=True).save_pretrained(tmp_path / "base")
+    model, config = with_lora(tmp_path / "base", r=4, targets=("q_proj", "down_proj"), use_dora=dora)
+    save_lora(dict(model.named_parameters()), tmp_path / "lora", config)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "lora", is_trainable=True).eval()
+    model(INPUT_IDS).square().mean().backward()
+    theirs(INPUT_IDS).logits.square().mean().backward()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {
+        name.removeprefix("base_model.model.model.").replace(".default", "").removesuffix("_vector.weight"): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    assert len(ours) == len(expected) == 4 * (3 if dora else 2)
+    for name, gradient in ours.items():
+        reference = expected[name.removesuffix("_vector")]
+        assert reference.norm() > 0
+        assert (gradient - reference).norm() < 1e-4 * reference.norm(), name  # fp32
+
+
+def test_loraplus_raises_the_learning_rate_of_b(folder: Path) -> None:
+    """Against peft's own LoRA+ optimizer."""
+    config = LoRAConfig(r=4, loraplus_lr_ratio=16)
+    model = load_model(folder, dtype=torch.float32)
+    apply_lora(model, config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = make_optimizer(trained, TrainArgs(learning_rate=1e-3), config.learning_rate_ratio).param_groups
+    ours = {1e-3 * group["ratio"]: sum(p.numel() for p in group["params"]) for group in groups}
+    theirs = create_loraplus_optimizer(
+        peft_model(folder, r=4, target_modules=["q_proj", "v_proj"]), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16
+    )
+    expected = {g["lr"]: sum(p.numel() for p in g["params"]) for g in theirs.param_groups if g["params"]}
+    assert ours == expected
 
 
 def test_template_is_in_the_file_and_absent_from_pefts(folder: Path, tmp_path: Path) -> None:
