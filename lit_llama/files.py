@@ -1,5 +1,6 @@
 """Files that are whole: safetensors and pickled tensors read with care, and writing that leaves the old or the new."""
 
+import json
 import os
 import pickle
 import shutil
@@ -54,6 +55,13 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> Non
         save_file(tensors, file, {"format": "pt"} | metadata)
     except SafetensorError as error:
         raise OSError(None, f"cannot be written ({error})", str(file)) from None
+    # the library orders the metadata at random; here the same content always makes the same file
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        handle.seek(8)
+        handle.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
     file.chmod(file.parent.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
 
 

@@ -1,0 +1,240 @@
+"""Several processes give what one gives: losses, files, and a part of the memory each. CPU, gloo, `fully_shard`."""
+
+import csv
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_hf_model, save_tokenizer
+from safetensors.torch import load_file
+
+from lit_llama.data import pack, share
+from lit_llama.run_folder import checkpoints
+
+RECIPE = ["--precision", "32-true", "--seed", "7", "--train.batch_size", "24", "--train.micro_batch_tokens", "300"]
+RECIPE += ["--train.learning_rate", "1e-2", "--train.warmup_steps", "2", "--train.save_interval", "5"]
+METHODS = {
+    "lora": ["--lora.dropout", "0.1", "--lora.targets", "[all-linear]", "--lora.use_dora", "true"],
+    "adapter": ["--adapter.start_layer", "0"],
+    "adapter_v2": ["--adapter.start_layer", "1"],
+    "full": ["--train.activation_checkpointing", "true"],
+}
+
+
+def flags_of(method: str, checkpoint: Path, data: Path, out_dir: Path, steps: int = 10) -> list[str]:
+    flags = ["--checkpoint_dir", str(checkpoint), "--data_dir", str(data), "--out_dir", str(out_dir)]
+    # one step whose micro-batches are fewer than the processes, and steps where they are an odd number
+    return [f"{ROOT}/finetune/{method}.py", *flags, *RECIPE, *METHODS[method], "--train.max_steps", str(steps)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
+
+
+def start(*command: str, **more: str) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *command], env=environment(**more), **pipes)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+def rows_of(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_curve(out_dir: Path, reference: Path) -> None:
+    ours, theirs = rows_of(out_dir), rows_of(reference)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [str(n) for n in range(1, 11)]
+    for name in ("loss", "samples", "tokens"):
+        one, two = ([float(row[name]) for row in rows] for rows in (ours, theirs))
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=0)  # fp32, another order of sums
+    assert float(theirs[-1]["loss"]) < float(theirs[0]["loss"]) - 0.1
+    assert float(ours[-1]["val_loss"]) == pytest.approx(float(theirs[-1]["val_loss"]), abs=1e-3)
+
+
+def assert_same_files(out_dir: Path, reference: Path) -> None:
+    names = {path.name for path in reference.iterdir() if path.is_file()}
+    assert {path.name for path in out_dir.iterdir() if path.is_file()} == names
+    (weights,) = (name for name in names if name.endswith(".safetensors"))
+    one, two = load_file(out_dir / weights), load_file(reference / weights)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=2e-3, rtol=0)  # ten steps of at most 1e-2 each
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, tiny_checkpoint: Path, tiny_data: Path):
+    """The folder of a method's run on one process."""
+    folder, done = tmp_path_factory.mktemp("one"), {}
+
+    def get(method: str) -> Path:
+        if method not in done:
+            done[method] = folder / method
+            finish(start(*flags_of(method, tiny_checkpoint, tiny_data, done[method])))
+        return done[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_what_one_gives(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str
+) -> None:
+    output = finish(start(*flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "two"), "--devices", "2"))
+    assert "on 2 devices" in output
+    assert output.count("val loss") == 3  # before, after, the summary: one process speaks
+    assert_same_curve(tmp_path / "two", one_process(method))
+    assert_same_files(tmp_path / "two", one_process(method))
+
+
+def test_torchrun_with_two_nodes_gives_what_one_process_gives(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "two")
+    nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    nodes += ["--master_addr", "127.0.0.1", "--master_port", port]
+    processes = [start(*nodes, "--node_rank", str(rank), *flags, "--num_nodes", "2") for rank in (0, 1)]
+    for process in processes:
+        finish(process)
+    assert_same_curve(tmp_path / "two", one_process("lora"))
+    assert_same_files(tmp_path / "two", one_process("lora"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_goes_on_with_two_processes_and_with_one_again(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str
+) -> None:
+    """Stopped by SIGTERM after some steps, twice."""
+    flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "parts")
+    devices = ["1", "2", "1"]
+    for number, count in enumerate(devices):
+        resume = ["--resume"] if number else []
+        process = start(*flags, *resume, "--devices", count, "--train.log_interval", "1", PYTHONUNBUFFERED="1")
+        if number == len(devices) - 1:
+            finish(process)
+        else:
+            read = ""
+            while f"step {3 * number + 3}/10" not in read:
+                line = process.stdout.readline()
+                assert line, read
+                read += line
+            process.send_signal(signal.SIGTERM)
+            output = finish(process, 128 + signal.SIGTERM)
+            assert re.search(rf"stopped by SIGTERM after step \d. Go on with: python .*{method}.py.*--resume", output)
+    assert_same_curve(tmp_path / "parts", one_process(method))
+    assert_same_files(tmp_path / "parts", one_process(method))
+
+
+@pytest.mark.parametrize("victim", ["the second", "the first"])
+def test_where_one_process_dies_the_other_ends_and_the_run_can_go_on(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, victim: str
+) -> None:
+    flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out", steps=100_000)
+    flags += ["--train.save_interval", "1", "--train.epochs", "100000", "--train.eval_interval", "100000"]
+    process = start(*flags, "--devices", "2", PYTHONUNBUFFERED="1")
+    for _ in range(600):
+        if len(checkpoints(tmp_path / "out")) > 1:
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "finetune" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 1
+    killed = time.perf_counter()
+    os.kill(int(workers[0]) if victim == "the second" else process.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)  # its end: no process holds the pipe any longer
+    assert time.perf_counter() - killed < 60  # not a timing: the promise is a limit
+    assert process.returncode != 0
+    assert "error: " in output or "terminated with code" in output, output
+    left = Path(f"/proc/{workers[0]}/stat")
+    assert not left.exists() or ") Z " in left.read_text()  # gone, or a zombie that nobody has waited for
+    reached = int(checkpoints(tmp_path / "out")[-1].name.removeprefix("step-"))
+    flags[flags.index("--train.max_steps") + 1] = str(reached + 3)
+    output = finish(start(*flags, "--devices", "2", "--resume"))
+    assert f"going on after step {reached}" in output
+    assert [int(row["step"]) for row in rows_of(tmp_path / "out")] == list(range(1, reached + 4))
+
+
+def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(tmp_path: Path, tiny_data: Path) -> None:
+    model = make_hf_model(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    script = tmp_path / "measure.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import re, sys, threading, time
+            from pathlib import Path
+            from lit_llama.distributed import local_part
+            from lit_llama.lora import LoRAConfig, apply_lora
+            from lit_llama.training import Run
+
+            def private_bytes():
+                return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+            def watch():
+                global peak
+                while True:
+                    peak = max(peak, private_bytes())
+                    time.sleep(0.0005)
+
+            checkpoint, data, out = map(Path, sys.argv[1:])
+            run = Run(out, checkpoint, data, devices=2, precision="32-true")
+            peak = start = private_bytes()
+            threading.Thread(target=watch, daemon=True).start()
+            model = run.build(lambda llama: llama.requires_grad_(True))
+            sizes = [p.numel() * p.element_size() for p in model.parameters()]
+            held = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
+            # in one write: the processes share a pipe
+            sys.stdout.write(f"sizes {sum(sizes)} {max(sizes)} {held} {peak - start}\\n")
+            sys.stdout.flush()
+            """
+        )
+    )
+    output = finish(start(str(script), str(tmp_path / "model"), str(tiny_data), str(tmp_path / "out")))
+    found = re.findall(r"sizes (\d+) (\d+) (\d+) (\d+)", output)
+    assert len(found) == 2, output
+    for values in found:
+        whole, largest, held, peak = map(int, values)
+        assert whole > 1.3e8
+        assert abs(held - whole / 2) < 0.01 * whole
+        assert peak < whole / 2 + largest + 2e7  # 20 MB of what Python and torch allocate beside it
+        assert peak < whole
+
+
+def test_shares_of_a_step_are_all_of_it_and_equally_many() -> None:
+    lengths = [50, 20, 90, 10, 70, 30, 60, 80]
+    whole = pack(range(8), lengths, 100)
+    for world_size in (1, 2, 3, 7):
+        shares = [share(whole, rank, world_size) for rank in range(world_size)]
+        assert len({len(part) for part in shares}) == 1
+        assert sorted(ids for part in shares for ids in part if ids) == sorted(whole)
+
+
+def test_wrong_numbers_of_processes_are_one_line(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+    flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out")
+    for more, env, message in (
+        (["--devices", "0"], {}, "--devices 0: should be at least 1"),
+        (["--devices", "2"], {"WORLD_SIZE": "3"}, "--devices 2 --num_nodes 1: torchrun has started 3 processes"),
+        (["--num_nodes", "2"], {}, "--num_nodes 2: on each node, set MASTER_ADDR"),
+    ):
+        lines = finish(start(*flags, *more, **env), 1).splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
