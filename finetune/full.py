@@ -9,7 +9,8 @@ from torch import Tensor
 from lit_llama import LLaMA
 from lit_llama.checkpoint import tokenizer_files, write_checkpoint
 from lit_llama.cli import run
-from lit_llama.training import Run, TrainArgs, fit
+from lit_llama.run import Run
+from lit_llama.training import TrainArgs, fit
 
 
 def main(

@@ -9,7 +9,8 @@ from lit_llama import LLaMA
 from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
 from lit_llama.cli import run
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-from lit_llama.training import Run, TrainArgs, fit
+from lit_llama.run import Run
+from lit_llama.training import TrainArgs, fit
 
 
 def main(

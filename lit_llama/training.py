@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,19 +14,13 @@ from pathlib import Path
 import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import empty_model, load_weights
 from lit_llama.cli import used_flags
-from lit_llama.config import LLaMAConfig
-from lit_llama.data import open_prepared, pack, share, step_samples
+from lit_llama.data import step_samples
 from lit_llama.distributed import (
-    PRECISIONS,
-    make_fabric,
     peak_memory_bytes,
-    shard,
     together,
     whole_tensors,
     writing_together,
@@ -34,20 +28,18 @@ from lit_llama.distributed import (
 from lit_llama.dropout import token_rows
 from lit_llama.errors import UserError
 from lit_llama.files import replacing
-from lit_llama.model import LLaMA, recompute
+from lit_llama.model import recompute
+from lit_llama.run import Run
 from lit_llama.run_folder import (
     Progress,
     add_metrics,
-    check_flags,
     checkpoints,
-    data_sha256,
     load_state,
     prune,
     remove_leftovers,
     save_state,
     start_metrics,
 )
-from lit_llama.tokenizer import Tokenizer
 
 Save = Callable[[Path, Iterator[tuple[str, Tensor]]], None]
 """Writes trained parameters (names, whole CPU tensors) into a folder in a method's format."""
@@ -106,70 +98,6 @@ class TrainArgs:
                 raise UserError(f"--train.{name} {value}: should be from {least} on, and below {below}")
         if self.schedule not in ("cosine", "constant"):
             raise UserError(f"--train.schedule {self.schedule}: unknown. Known: cosine, constant")
-
-
-class Run:
-    """What every finetuning run has: devices, data and a folder. Checked (UserError) before a model is loaded.
-
-    Args:
-        out_dir: where the result, metrics.csv and checkpoints go.
-        checkpoint_dir: the model folder.
-        data_dir: the prepared set, from scripts/prepare_*.py.
-        devices: how many devices to train on, on each machine.
-        num_nodes: how many machines.
-        precision: bf16-mixed (frozen weights bf16, trained ones fp32), 32-true, or bf16-true (all bf16).
-        seed: of everything random: the method's start, the samples' order, dropout.
-        resume: go on from the newest checkpoint in out_dir.
-    """
-
-    def __init__(
-        self,
-        out_dir: Path,
-        checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
-        data_dir: Path = Path("data/alpaca"),
-        devices: int = 1,
-        num_nodes: int = 1,
-        precision: str = "bf16-mixed",
-        seed: int = 1337,
-        resume: bool = False,
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
-        config = LLaMAConfig.from_checkpoint(checkpoint_dir)
-        self.train_set, self.val_set, meta = open_prepared(data_dir, Tokenizer(checkpoint_dir), config)
-        self.template, self.data_sha256 = meta["template"], data_sha256(data_dir)
-        if resume and not (out_dir / "config.yaml").is_file():
-            raise UserError(f"{out_dir}: no run there to resume. Start one without --resume")
-        if resume:
-            check_flags(out_dir, used_flags())
-        # all processes look before any of them can write: that takes until they have met in make_fabric
-        if not resume and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
-
-        def parallelize(model: LLaMA, mesh: DeviceMesh) -> LLaMA:
-            shard(model, mesh, precision)
-            load_weights(model, checkpoint_dir, self.fabric.device)
-            return model
-
-        self.fabric = make_fabric(devices, num_nodes, precision, parallelize)
-        self.checkpoint_dir, self.out_dir, self.seed, self.resume = checkpoint_dir, out_dir, seed, resume
-        self.weight_dtype = PRECISIONS[precision]
-        torch.manual_seed(seed)
-
-    def pack(self, sample_ids: Iterable[int], lengths: list[int], micro_batch_tokens: int) -> list[list[int]]:
-        """This process's micro-batches of those samples; all processes get equally many, some of them empty ones."""
-        return share(pack(sample_ids, lengths, micro_batch_tokens), self.fabric.global_rank, self.fabric.world_size)
-
-    def build(self, apply: Callable[[LLaMA], None]) -> _FabricModule:
-        """The model with a method applied to it, its weights read into place: whole, or this process's shard of them.
-
-        `apply` changes the model, which is frozen and has no memory yet, and makes what it adds on the CPU.
-        """
-        model = empty_model(self.checkpoint_dir, self.weight_dtype)
-        apply(model)
-        if self.fabric.world_size == 1:  # else in `parallelize`
-            load_weights(model, self.checkpoint_dir, self.fabric.device)
-        return self.fabric.setup_module(model, move_to_device=self.fabric.world_size == 1)
 
 
 def fit(

@@ -183,7 +183,7 @@ def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(tm
             from pathlib import Path
             from lit_llama.distributed import local_part
             from lit_llama.lora import LoRAConfig, apply_lora
-            from lit_llama.training import Run
+            from lit_llama.run import Run
 
             def private_bytes():
                 return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -16,7 +16,8 @@ from lit_llama import LLaMA, UserError, load_model
 from lit_llama.data import PreparedSet, step_samples
 from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, merge_lora, save_lora
 from lit_llama.methods import training_template
-from lit_llama.training import Run, TrainArgs, fit, make_optimizer
+from lit_llama.run import Run
+from lit_llama.training import TrainArgs, fit, make_optimizer
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 INPUT_IDS = torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(1))

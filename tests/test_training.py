@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from lit_llama import UserError, load_model
 from lit_llama.data import PreparedSet
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
+from lit_llama.run import Run
 from lit_llama.run_folder import METRICS, checkpoints
-from lit_llama.training import Run, TrainArgs, evaluate, fit, schedule
+from lit_llama.training import TrainArgs, evaluate, fit, schedule
 
 CPU = torch.device("cpu")
 
