@@ -15,12 +15,14 @@ from conftest import load_script, make_hf_model, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from lit_llama import cli, load_model
+from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
 
 FINETUNE, BASE, LORA = "finetune/lora.py", "generate/base.py", "generate/lora.py"
 JSON, ALPACA = "scripts/prepare_json.py", "scripts/prepare_alpaca.py"
 META, LIT, GGUF = (f"scripts/convert_{kind}_checkpoint.py" for kind in ("meta", "lit", "gguf"))
 MERGE = "scripts/merge_lora.py"
+ADAPTER, TRAIN_ADAPTER = "generate/adapter.py", "finetune/adapter.py"
 
 
 @pytest.fixture
@@ -80,6 +82,13 @@ def other_model(place: Path) -> None:
     make_hf_model(hidden_size=64).save_pretrained(place / "checkpoint")
 
 
+def adapter(place: Path) -> None:
+    """A LLaMA-Adapter in the LoRA's place."""
+    model, config = load_model(place / "checkpoint"), AdapterConfig(start_layer=1)
+    apply_adapter(model, config)
+    save_adapter(dict(model.named_parameters()), place / "lora", config, model, str(place / "checkpoint"), "alpaca")
+
+
 def no_space(place: Path) -> None:
     """A file may not grow over 4 KiB, which the writer sees as it sees a full disk."""
     import signal
@@ -105,6 +114,7 @@ CHECKPOINT, WEIGHTS = "--checkpoint_dir {}/checkpoint", "checkpoint/model.safete
 TRAIN = f"{CHECKPOINT} --data_dir {{}}/data --out_dir {{}}/out --train.max_steps 1 --train.batch_size 2"
 ASK = f"{CHECKPOINT} --prompt Hi --max_new_tokens 2"
 PREPARE = f"--source {{}}/records.json {CHECKPOINT} --data_dir {{}}/new --val_size 2"
+ASK_ADAPTER = "--adapter_path {}/lora --checkpoint_dir {}/checkpoint --prompt Hi --max_new_tokens 2"
 ASK_LORA = "--lora_path {}/lora --prompt Hi --max_new_tokens 2"
 
 # what is wrong: (what breaks it, the script, its flags, what the line says, the exit status)
@@ -289,6 +299,31 @@ CASES = {
     "LoRA whose base is gone": (
         lambda p: edit_json(p / "lora/adapter_config.json", base_model_name_or_path="/gone"),
         *(LORA, ASK_LORA, r"base model '/gone' is no folder here.*--checkpoint_dir"),
+    ),
+    "adapter given as a LoRA": (adapter, LORA, ASK_LORA, r"peft_type is None \(but llama_adapter\), not LORA"),
+    "LoRA given as an adapter": (None, ADAPTER, ASK_ADAPTER, r"method is None, not llama_adapter or llama_adapter_v2"),
+    "no adapter": (None, ADAPTER, ASK_ADAPTER.replace("/lora", "/none"), r"none: no adapter_config.json"),
+    "truncated adapter": (
+        lambda p: (adapter(p), truncate(p / "lora/adapter_model.safetensors")),
+        *(ADAPTER, ASK_ADAPTER, r"adapter_model.safetensors: damaged or cut off"),
+    ),
+    "start_layer of text": (
+        lambda p: (adapter(p), edit_json(p / "lora/adapter_config.json", start_layer="2")),
+        *(ADAPTER, ASK_ADAPTER, r"start_layer should be integers"),
+    ),
+    "start_layer beyond the model": (
+        None,
+        *(TRAIN_ADAPTER, f"{TRAIN} --adapter.start_layer 9", r"--adapter.start_layer 9: the model has 2 layers"),
+    ),
+    "prompt of 0": (None, TRAIN_ADAPTER, f"{TRAIN} --adapter.prompt_length 0", r"--adapter.prompt_length .*at least 1"),
+    "no full result": (None, "generate/full.py", ASK.replace("/checkpoint", "/out"), r"out: no tokenizer.json and no tokenizer.model"),
+    "devices of 0": (None, FINETUNE, f"{TRAIN} --devices 0", r"--devices 0: should be at least 1"),
+    "two nodes without an address": (None, FINETUNE, f"{TRAIN} --num_nodes 2", r"--num_nodes 2: .*MASTER_ADDR"),
+    "LoRA+ ratio of 0": (None, FINETUNE, f"{TRAIN} --lora.loraplus_lr_ratio 0", r"loraplus_lr_ratio 0.*more than 0"),
+    "nothing kept": (None, FINETUNE, f"{TRAIN} --train.keep_last 0", r"--train.keep_last 0: should be from 1 on"),
+    "merge with an adapter": (
+        lambda p: (p / "lora/adapter").mkdir(),
+        *(MERGE, "--lora_path {}/lora --out_dir {}/new", r"was trained with an adapter, which cannot be merged"),
     ),
     "merge into a folder that exists": (None, MERGE, "--lora_path {}/lora --out_dir {}/data", r"data: exists already"),
     "prompt too long": (None, BASE, f"{ASK}0000", r"the prompt has \d+ tokens .* holds 512"),

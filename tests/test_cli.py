@@ -49,7 +49,7 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path: Path, tiny_checkpoint: 
     loras = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again")]
     assert all(torch.equal(tensor, loras[1][name]) for name, tensor in loras[0].items())
     longer = ["--config", tmp_path / "again/config.yaml", "--train.max_steps", 3]
-    assert call("finetune/lora.py", *longer, "--resume", "true").returncode == 0
+    assert call("finetune/lora.py", *longer, "--resume").returncode == 0
     once_more = call("finetune/lora.py", "--config", tmp_path / "again/config.yaml", "--out_dir", tmp_path / "third")
     assert once_more.returncode == 0, once_more.stderr
 
@@ -64,12 +64,38 @@ def test_a_wrong_call_is_one_line_and_status_2() -> None:
         assert not done.stdout
 
 
+def test_a_switch_needs_no_value(monkeypatch) -> None:
+    """`--resume` alone is `--resume true`; what follows it stays what it is."""
+    seen = []
+
+    def main(name: str = "", resume: bool = False, other: bool = True) -> None:
+        """Note the flags."""
+        seen.append((name, resume, other))
+
+    for flags in (["--resume"], ["--resume", "--name", "a"], ["--resume", "true"], ["--other", "false"]):
+        monkeypatch.setattr(sys, "argv", ["script", *flags])
+        cli.run(main)
+    assert seen == [("", True, True), ("a", True, True), ("", True, True), ("", False, False)]
+
+
+def test_a_mistake_is_told_once_by_all_processes_of_a_machine(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(failing(UserError("file: wrong")))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
 def failing(error: BaseException):
     def main() -> None:
         """Fail."""
         raise error
 
     return main
+
+
+GONE = "error: another process of this run has ended, and so does this one. Go on with --resume"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +105,7 @@ def failing(error: BaseException):
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: a.txt: No such file"),
         (OSError(28, "No space left on device"), 1, "error: writing: No space left on device"),
         (KeyboardInterrupt(), 130, "error: stopped"),
+        (RuntimeError("gloo/pair.cc: Connection closed by peer [127.0.0.1]"), 1, GONE),
     ],
     ids=lambda value: type(value).__name__,
 )
