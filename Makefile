@@ -1,8 +1,9 @@
 # Each target makes the virtual environment .venv when it is missing. PYTHON picks the interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+PYTHON_OF_VENV := .venv/bin/python
+PIP := $(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 quickstart: .venv/.installed-quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
@@ -13,6 +14,11 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# litgpt pins older versions of what it needs than those tested here; the installed ones do
+bench: .venv/.installed-benchmarks
+	$(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --no-deps litgpt==0.5.13
+	$(PYTHON_OF_VENV) benchmarks/finetune.py --results benchmarks/finetune.json $(ARGS)
 
 .venv/.installed-%: setup.py constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -88,12 +88,12 @@ class AdapterV2Linear(nn.Module):
         super().__init__()
         self.base = base
         place = dict(device=device, dtype=torch.float32)
-        self.scale = nn.Parameter(torch.ones(out_features, **place))
-        self.bias = nn.Parameter(torch.zeros(out_features, **place))
+        self.adapter_scale = nn.Parameter(torch.ones(out_features, **place))
+        self.adapter_bias = nn.Parameter(torch.zeros(out_features, **place))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         y = self.base(x)
-        return self.scale.to(y.dtype) * (y + self.bias.to(y.dtype))
+        return self.adapter_scale.to(y.dtype) * (y + self.adapter_bias.to(y.dtype))
 
 
 def apply_adapter(model: LLaMA, config: AdapterConfig) -> None:

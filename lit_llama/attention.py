@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from lit_llama import fast
+from lit_llama.fast import recompute
+
+SHORT = 512  # tokens up to which `fast.short_attention` is the faster one on the CPU, forward and back
+
 
 class SampleLengths:
     """How a row of tokens on `device` is cut into samples of `lengths` tokens: made once a forward pass."""
@@ -37,8 +42,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
     if samples.uniform:
         return _sdpa(*(samples.split(t) for t in (query, key, value))).transpose(1, 2).flatten(0, 1)
     parts = zip(*(t.transpose(0, 1).split(samples.lengths, dim=1) for t in (query, key, value)), strict=True)
-    attended = [_sdpa(q[None], k[None], v[None])[0] for q, k, v in parts]  # each (heads, seq, head_dim)
+    attended = [_attend(*part) for part in parts]  # each (heads, seq, head_dim)
     return torch.cat(attended, dim=1).transpose(0, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One sample, each (heads, seq, head_dim)."""
+    if fast.enabled and query.device.type == "cpu" and query.requires_grad and query.size(1) <= SHORT:
+        return recompute(fast.short_attention, query, key, value)
+    return _sdpa(query[None], key[None], value[None])[0]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:

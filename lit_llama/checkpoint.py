@@ -158,6 +158,7 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(stored, written[-1])
         with replacing(folder / written[-1]) as file:
             save_tensors(stored, file, **({"template": template} if template else {}))
+        del group, stored  # before the next one is gathered
     for stale in folder.glob("model*.safetensors"):  # of a result that this one takes the place of
         if stale.name not in written:
             stale.unlink()

@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -33,8 +34,8 @@ def run(main: Callable) -> None:
     except ArgumentError as error:
         _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # process 0 of this machine says the same
-            raise SystemExit(1) from None
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            _wait_for_first_process()
         _fail(str(error))
     except torch.OutOfMemoryError as error:
         _fail(
@@ -50,6 +51,15 @@ def run(main: Callable) -> None:
         _fail("another process of this run has ended, and so does this one. Go on with --resume")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+
+
+def _wait_for_first_process(seconds: float = 10) -> None:
+    """End with the process that has started this one: nearly always it says the same. If it lives on, return."""
+    parent = os.getppid()
+    for _ in range(round(seconds * 10)):
+        time.sleep(0.1)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:

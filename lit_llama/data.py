@@ -102,13 +102,12 @@ def share(batches: list[list[int]], rank: int, world_size: int) -> list[list[int
     return own + [[]] * (-(-len(batches) // world_size) - len(own))
 
 
-def step_samples(step: int, batch_size: int, total: int, num_samples: int, seed: int) -> list[int]:
-    """Which samples a step (from 0) of a run over `total` samples in all sees.
+def step_samples(places: range, num_samples: int, seed: int) -> list[int]:
+    """Which samples a step sees that goes through these places of a run, counted over all of its epochs.
 
-    Every epoch is a fresh permutation of all, one after the other, cut into steps: a function of seed and step alone,
-    so that a resumed run needs no state to go on.
+    Every epoch is a fresh permutation of all, one after the other: a function of the seed alone, so that a resumed run
+    needs to know no more than its place.
     """
-    places = range(step * batch_size, min((step + 1) * batch_size, total))
     return [_epoch_order(place // num_samples, num_samples, seed)[place % num_samples] for place in places]
 
 

@@ -31,7 +31,7 @@ for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(cache, "64")
 
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "32-true": torch.float32, "bf16-true": torch.bfloat16}
-"""What `--precision` may be, and the dtype of frozen weights under it. Trained ones are fp32, or bf16 in bf16-true."""
+"""What `--precision` may be, and the dtype that weights are loaded in. What a method adds is fp32 under each."""
 
 TIMEOUT = timedelta(minutes=30)  # of one collective operation: rank 0 may write tens of GB meanwhile
 
@@ -60,10 +60,15 @@ def make_fabric(
     strategy = "auto"
     if world_size > 1:
         strategy = ModelParallelStrategy(parallelize, world_size, 1, timeout=TIMEOUT)
+    # bf16-true needs nothing of Fabric, whose own would round what is fp32 on purpose
+    computing = "32-true" if precision == "bf16-true" else precision
     try:
         fabric = Fabric(
-            accelerator="auto", devices=devices, num_nodes=num_nodes, precision=precision, strategy=strategy
+            accelerator="auto", devices=devices, num_nodes=num_nodes, precision=computing, strategy=strategy
         )
+    except (ValueError, RuntimeError) as error:  # SLURM's settings and ours disagree
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {' '.join(str(error).split())}") from None
+    try:
         starts_itself = isinstance(getattr(fabric.strategy, "cluster_environment", None), LightningEnvironment)
         if num_nodes > 1 and starts_itself and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
             hint = "set MASTER_ADDR, MASTER_PORT and NODE_RANK, or use torchrun or SLURM (howto/multi_node.md)"
@@ -76,15 +81,15 @@ def make_fabric(
     return fabric
 
 
-def shard(model: LLaMA, mesh: DeviceMesh, precision: str) -> None:
+def shard(model: LLaMA, mesh: DeviceMesh) -> None:
     """Cut each block's parameters, and the rest's, into one part of their rows per device (FSDP2, `fully_shard`).
 
-    Whole weights exist one block at a time, the next one's underway meanwhile; bf16 in transit where the compute is
-    bf16, gradients are summed in fp32. Frozen bf16 and trained fp32 parameters stand side by side.
+    Whole weights exist one block at a time, the next one's underway meanwhile. Frozen bf16 and trained fp32 parameters
+    stand side by side; each travels in its own dtype and autocast chooses what to compute in, as on one device, so that
+    the numbers are the same. Gradients are summed in fp32.
     """
-    compute_dtype = None if precision == "32-true" else torch.bfloat16
     # the rotary table must come through in fp32
-    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
     for layer, following in pairwise(model.layers):
@@ -129,11 +134,15 @@ def whole_tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tu
 
 @contextmanager
 def together(fabric: Fabric) -> Iterator[None]:
-    """Leave the block when all processes have: where one ended in an OSError, the others end too, and quietly."""
+    """Leave the block when all processes have: where one ended in an OSError, the others end too, and quietly.
+
+    What needs all processes inside the block must stand in a block of its own: a process that has failed goes to the
+    end of its innermost one, where the others must arrive too.
+    """
     error = None
     try:
         yield
-    except OSError as caught:
+    except (OSError, SystemExit) as caught:
         error = caught
     failures = fabric.all_reduce(torch.tensor(float(error is not None), device=fabric.device), reduce_op="sum")
     if error is not None:

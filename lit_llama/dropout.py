@@ -6,7 +6,7 @@ drawn once; each sample starts at a row of its own and walks down, so a step cos
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -27,11 +27,17 @@ def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
     """
     if p == 0.0:
         return x
+    mask = token_mask(p, name, x)
+    return F.dropout(x, p) if mask is None else mask(x) * (1 / (1 - p))
+
+
+def token_mask(p: float, name: str, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Multiplication by `token_dropout`'s mask, of zeros and ones, for x's shape; None outside `token_rows`."""
     if _rows is None:
-        return F.dropout(x, p)
+        return None
     rows = _rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
-    keep = _keep_table(p, x.size(-1), x.dtype, x.device)
-    return x * keep[(rows + zlib.crc32(name.encode())) % ROWS] * (1 / (1 - p))
+    rows = (rows + zlib.crc32(name.encode())) % ROWS
+    return lambda t: t * _keep_table(p, x.size(-1), t.dtype, t.device)[rows]
 
 
 @contextmanager
@@ -50,5 +56,5 @@ def token_rows(seed: int, step: int, sample_ids: list[int], lengths: list[int], 
 @lru_cache(maxsize=8)
 def _keep_table(p: float, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(ROWS, features) of zeros (with probability p) and ones."""
-    uniform = torch.rand(ROWS, features, generator=torch.Generator().manual_seed(features))
+    uniform = torch.rand(ROWS, features, dtype=torch.float32, generator=torch.Generator().manual_seed(features))
     return (uniform >= p).to(device=device, dtype=dtype)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.dropout import token_dropout
+from lit_llama import fast
+from lit_llama.dropout import token_dropout, token_mask
 from lit_llama.errors import UserError
 from lit_llama.files import read_tensors
 from lit_llama.methods import (
@@ -100,8 +101,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         drops = self.training and self.dropout > 0
-        update = recompute(self.update, x, preserve_rng_state=drops)
         y = self.base(x)
+        if fast.enabled and x.dim() == 2 and self.lora_magnitude_vector is None and torch.is_grad_enabled():
+            drop = token_mask(self.dropout, self.name, x) if drops else None
+            if drop is not None or not drops:
+                a, b = self.lora_A.weight.to(y.dtype), self.lora_B.weight.to(y.dtype)
+                scaling = self.scaling / (1 - self.dropout) if drops else self.scaling
+                return fast.AddLowRank.apply(y, x.to(y.dtype), a, b, scaling, drop)
+        update = recompute(self.update, x, preserve_rng_state=drops)
         if self.lora_magnitude_vector is None:
             return y + update
         scale = self.dora_scale()

@@ -7,16 +7,15 @@ lives on the modules, so a model on the meta device needs only its weights to ru
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from lit_llama import fast
 from lit_llama.attention import KVCache, SampleLengths, causal_attention
 from lit_llama.config import LLaMAConfig
+from lit_llama.fast import recompute
 
 LOSS_CHUNK = 256  # labels whose logits, (256, vocab_size) in fp32, are in memory at a time
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (tokens, 1, head_dim), fp32
@@ -76,6 +75,9 @@ class LLaMA(nn.Module):
 
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """(labels, hidden), (labels,) -> scalar. A chunk's logits live only while it is computed, forward or back."""
+        if fast.enabled and (self.lm_head is None or type(self.lm_head) is nn.Linear):
+            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+            return fast.LinearCrossEntropySum.apply(hidden_states, weight, labels, LOSS_CHUNK)
         chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
         loss_of = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
         return torch.stack([recompute(loss_of, *chunk) for chunk in chunks]).sum()
@@ -165,16 +167,6 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps).to(hidden_states.dtype)
     # rounded before the weight, as the models were trained; once more where a trained weight is fp32
     return (weight * normed).to(hidden_states.dtype)
-
-
-def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = False) -> Tensor:
-    """`function(*args)`, computed again in the backward pass: for what is cheaper to compute than to keep in memory.
-
-    A function that draws random numbers needs `preserve_rng_state` to draw the same ones again.
-    """
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:

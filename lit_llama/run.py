@@ -27,7 +27,7 @@ class Run:
         data_dir: the prepared set, from scripts/prepare_*.py.
         devices: how many devices to train on, on each machine.
         num_nodes: how many machines.
-        precision: bf16-mixed (frozen weights bf16, trained ones fp32), 32-true, or bf16-true (all bf16).
+        precision: bf16-mixed (frozen weights bf16, trained ones fp32), 32-true, or bf16-true (full: bf16 ones train).
         seed: of everything random: the method's start, the samples' order, dropout.
         resume: go on from the newest checkpoint in out_dir.
     """
@@ -57,7 +57,7 @@ class Run:
             raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
 
         def parallelize(model: LLaMA, mesh: DeviceMesh) -> LLaMA:
-            shard(model, mesh, precision)
+            shard(model, mesh)
             load_weights(model, checkpoint_dir, self.fabric.device)
             return model
 

@@ -23,7 +23,7 @@ METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_
 FREE_FLAGS = re.compile(
     r"checkpoint_dir|data_dir|out_dir|devices|num_nodes|resume|config|train\.(epochs|max_steps|micro_batch_tokens|"
     r"learning_rate|schedule|warmup_.*|weight_decay|beta.|max_grad_norm|eval_.*|save_.*|keep_last|log_interval|"
-    r"activation_checkpointing)"
+    r"activation_checkpointing|fast_paths)"
 )
 """What may change when a run goes on. Others, the seed or a LoRA's rank, would make its state meaningless."""
 
@@ -85,6 +85,7 @@ def save_state(
     for number, group in enumerate(cut_into_files(parts())):
         group = {name: tensor.contiguous() for name, tensor in group.items() if tensor.numel()}
         save_tensors(group, folder / f"state-{fabric.global_rank:05}-{number:05}.safetensors")
+        del group  # before the next one is gathered
     if fabric.is_global_zero:
         groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
         shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
@@ -101,11 +102,13 @@ def load_state(
     if state.get("shapes") != {name: list(parameter.shape) for name, parameter in trained.items()}:
         raise UserError(f"{folder}: is of another model or other method flags. Resume with those of config.yaml")
     files: dict[str, list[tuple[int, Path]]] = {}  # name -> its pieces: first row, file
+    rows_found: dict[str, int] = {}
     for file in sorted(folder.glob("state-*.safetensors")):
         with open_safetensors(file) as handle:
             for stored in handle.keys():  # noqa: SIM118
                 name, _, first = stored.rpartition("@")
                 files.setdefault(name, []).append((int(first), file))
+                rows_found[name] = rows_found.get(name, 0) + sum(handle.get_slice(stored).get_shape()[:1])
 
     def read(name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or those rows of it, put together from their pieces."""
@@ -118,12 +121,13 @@ def load_state(
                 begin, end = max(rows.start - first, 0), min(rows.stop - first, piece.get_shape()[0])
                 if begin < end:
                     pieces.append(piece[begin:end])
-        whole = torch.cat(pieces) if pieces else torch.empty(0)
-        if rows is None or (len(whole) != rows.stop - rows.start and rows.start < rows.stop):
-            raise UserError(f"{folder}: damaged, {name} is not all there. Remove this folder and resume again")
-        return whole
+        return torch.cat(pieces)
 
     keys = {name.partition("/")[2] for name in files if not name.startswith("rng/")} - {""}
+    for name, parameter in trained.items():  # all processes see the same hole, whoever's rows they are
+        for stored in (name, *(f"{name}/{key}" for key in keys if key != "step")):
+            if rows_found.get(stored) != len(parameter):
+                raise UserError(f"{folder}: damaged, {stored} is not all there. Remove this folder and resume again")
     for name, parameter in trained.items():
         rows, state_of = local_rows(parameter), optimizer.state[parameter]
         state_of |= {key: torch.empty_like(parameter) for key in keys if key != "step"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from lit_llama import fast
 from lit_llama.cli import used_flags
 from lit_llama.data import step_samples
 from lit_llama.distributed import (
@@ -54,6 +55,7 @@ class TrainArgs:
         micro_batch_tokens: tokens on a device at a time; a memory knob that leaves the results as they are.
         activation_checkpointing: keep each block's input only and compute the block again on the way back: less memory,
             a third more work.
+        fast_paths: use the faster forms of lit_llama/fast.py; false: the plain ones that they equal.
         epochs: passes over the training set.
         max_steps: stop after that many steps, whatever epochs says.
         learning_rate: at its peak.
@@ -74,6 +76,7 @@ class TrainArgs:
     batch_size: int = 128
     micro_batch_tokens: int = 2048
     activation_checkpointing: bool = False
+    fast_paths: bool = True
     epochs: int = 5
     max_steps: int | None = None
     learning_rate: float = 3e-4
@@ -117,6 +120,7 @@ def fit(
     with status 128 plus its number where a signal has asked to stop, after a checkpoint.
     """
     fabric, train_set = run.fabric, run.train_set
+    fast.enabled = args.fast_paths
     if args.activation_checkpointing:
         for layer in model.module.layers:
             layer.forward = partial(recompute, layer.forward, preserve_rng_state=True)
@@ -124,21 +128,22 @@ def fit(
     total_samples = args.epochs * len(train_set)
     if args.max_steps is not None:
         total_samples = min(total_samples, args.max_steps * args.batch_size)
-    num_steps = math.ceil(total_samples / args.batch_size)
     warmup = args.warmup_steps
     if args.warmup_epochs is not None:
         warmup = math.ceil(args.warmup_epochs * len(train_set) / args.batch_size)
-    warmup = min(warmup, num_steps // 2)
     adamw = make_optimizer(trained, args, learning_rate_ratio)
 
     progress = Progress(data_sha256=run.data_sha256)
-    saved = checkpoints(run.out_dir) if run.resume else []  # none: the run was stopped before its first checkpoint
+    # none: the run was stopped before its first checkpoint
+    saved = fabric.broadcast(checkpoints(run.out_dir) if run.resume else [])
     if saved:
         progress = load_state(saved[-1], fabric, trained, adamw)
         if progress.data_sha256 != run.data_sha256:
             raise UserError(f"{saved[-1]}: is of another prepared set. Resume with the --data_dir of config.yaml")
-    first_step = progress.step
-    if first_step >= num_steps:
+    first_step = kept = progress.step
+    num_steps = first_step + max(0, math.ceil((total_samples - progress.samples) / args.batch_size))
+    warmup = min(warmup, num_steps // 2)
+    if first_step == num_steps:
         raise UserError(f"{run.out_dir}: is at step {first_step} of {num_steps}, done. Raise --train.epochs to go on")
     with together(fabric):
         if fabric.is_global_zero:
@@ -161,9 +166,12 @@ def fit(
         fabric.print(f"going on after step {first_step}, from {saved[-1]}", flush=True)
 
     def keep() -> None:
+        nonlocal kept
         with writing_together(fabric, run.out_dir / f"step-{progress.step:06}") as folder:
-            save_state(folder, fabric, trained, adamw, progress)
+            with together(fabric):
+                save_state(folder, fabric, trained, adamw, progress)
             save_result(run, trained, save, folder)
+        kept = progress.step
         if fabric.is_global_zero:
             prune(run.out_dir, args.keep_last, progress.best_step)
 
@@ -172,14 +180,15 @@ def fit(
     with StopSignals() as stop:
         for step in range(first_step, num_steps):
             step_started = time.perf_counter()
-            sample_ids = step_samples(step, args.batch_size, total_samples, len(train_set), run.seed)
+            places = range(progress.samples, min(progress.samples + args.batch_size, total_samples))
+            sample_ids = step_samples(places, len(train_set), run.seed)
             learning_rate = args.learning_rate * schedule(args.schedule, step, warmup, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["ratio"]
             try:
                 loss, grad_norm = train_step(run, model, trained, optimizer, args, step, sample_ids)
             except UserError:
-                if step > first_step:
+                if step > kept:
                     keep()  # what is good still
                 raise
 

@@ -81,9 +81,23 @@ def test_a_switch_needs_no_value(monkeypatch) -> None:
 def test_a_mistake_is_told_once_by_all_processes_of_a_machine(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["script"])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as ended:  # the first process lives on: it has not seen this
         cli.run(failing(UserError("file: wrong")))
     assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: file: wrong\n"
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended
+
+    parents = iter([1, 1, 2])
+    monkeypatch.setattr(cli.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(cli.os, "_exit", end)
+    with pytest.raises(Ended):
+        cli.run(failing(UserError("file: wrong")))
     assert capsys.readouterr().err == ""
 
 

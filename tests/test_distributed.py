@@ -101,6 +101,53 @@ def test_two_processes_give_what_one_gives(
     assert_same_files(tmp_path / "two", one_process(method))
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter_v2", "full"])
+def test_bf16_computes_the_same_on_two_processes(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, method: str
+) -> None:
+    curves = []
+    for devices in ("1", "2"):
+        flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / devices, steps=3)
+        finish(start(*flags, "--precision", "bf16-mixed", "--devices", devices))
+        curves.append([float(row["loss"]) for row in rows_of(tmp_path / devices)])
+    # micro-batches are the same ones, so the roundings are too; only the sums of gradients have another order
+    torch.testing.assert_close(curves[0], curves[1], atol=2e-3, rtol=0)
+    assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "where"), [(1, "save_state"), (0, "save_state"), (0, "save_result")])
+def test_a_full_disk_under_one_process_ends_all_with_its_reason(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, rank: int, where: str
+) -> None:
+    script = tmp_path / "finetune.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys
+            sys.path.insert(0, {str(ROOT / "tests")!r})
+            from conftest import load_script
+            from lit_llama import cli, training
+
+            def full_disk(*args):
+                raise OSError(28, "No space left on device")
+
+            main = load_script("finetune/lora.py").main
+            if int(os.environ.get("LOCAL_RANK", 0)) == {rank}:
+                if {where!r} == "save_state":
+                    training.save_state = full_disk
+                else:
+                    sys.modules["finetune_lora"].save_lora = full_disk
+            cli.run(main)
+            """
+        )
+    )
+    flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out", steps=2)[1:]
+    output = finish(start(str(script), *flags, "--devices", "2", "--train.save_interval", "1"), 1)
+    assert "error: writing: No space left on device" in output
+    assert not checkpoints(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_torchrun_with_two_nodes_gives_what_one_process_gives(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process
 ) -> None:

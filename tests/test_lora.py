@@ -285,7 +285,7 @@ def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: 
     expected, expected_norms = [], []
     for step in range(20):
         total, count = torch.zeros(()), 0
-        for index in step_samples(step, 4, 80, len(data), seed=7):
+        for index in step_samples(range(4 * step, 4 * step + 4), len(data), seed=7):
             start = sum(data.lengths[:index])
             ids = data.tokens[start : start + data.lengths[index]].long()[None]
             labels = ids.clone()

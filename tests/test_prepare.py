@@ -198,14 +198,15 @@ def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
 
 
 def test_epochs_are_permutations_and_steps_cut_them() -> None:
-    steps = [step_samples(step, 16, 150, 50, seed=3) for step in range(10)]
+    places = [range(first, min(first + 16, 150)) for first in range(0, 150, 16)]
+    steps = [step_samples(part, 50, seed=3) for part in places]
     assert [len(step) for step in steps] == [16] * 9 + [6]
     flat = [index for step in steps for index in step]
     epochs = [flat[start : start + 50] for start in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert step_samples(4, 16, 150, 50, seed=3) == steps[4]
-    assert step_samples(4, 16, 150, 50, seed=4) != steps[4]
+    assert step_samples(places[4], 50, seed=3) == steps[4]
+    assert step_samples(places[4], 50, seed=4) != steps[4]
 
 
 def test_only_line_ends_end_a_row_of_a_csv(tmp_path: Path) -> None:

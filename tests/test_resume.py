@@ -213,6 +213,18 @@ def test_the_best_checkpoint_stays_and_every_checkpoint_can_be_used(
         main(lora_path=tmp_path / "out" / name, prompt="Hello", max_new_tokens=3)
 
 
+def test_more_epochs_leave_no_sample_out(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch) -> None:
+    """The last step of a finished run was a short one: 50 samples in steps of 16."""
+    training, seen = sys.modules["lit_llama.training"], []
+    original = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: (seen.extend(args[6]), original(*args))[1])
+    for epochs in (1, 2):
+        recipe = dict(batch_size=16, max_steps=None, epochs=epochs)
+        finetune(tmp_path / "out", tiny_checkpoint, tiny_data, train=recipe, resume=epochs > 1)
+    assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
+    assert [row[1] for row in rows_of(tmp_path / "out")[1:]] == ["16", "16", "16", "2"] * 2
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 1_000_000):
         (tmp_path / f"step-{step:06}").mkdir()
