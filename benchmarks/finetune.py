@@ -227,6 +227,8 @@ def litgpt(method: str) -> Callable[[Run], Step]:
 
         def step(number: int, ids: list[int]) -> None:
             tokens, _, labels = padded(job, ids)
+            for block in model.transformer.h if method == "adapter" else ():
+                block.attn.adapter_kv_cache = None  # else its second step goes back through the first one's graph
             logits = model(tokens, lm_head_chunk_size=128)
             logits[-1] = logits[-1][..., :-1, :]
             chunked_cross_entropy(logits, labels[..., 1:], ignore_index=IGNORED).backward()

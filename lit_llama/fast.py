@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,10 +76,16 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     share a key head are one matrix.
     """
     (heads, seq, head_dim), groups = query.shape, query.size(0) // key.size(0)
-    mask = torch.full((seq, seq), -torch.inf, dtype=query.dtype, device=query.device).triu(1).repeat(groups, 1)
+    mask = _causal_mask(seq, groups, query.dtype, query.device)
     stacked = query.reshape(key.size(0), groups * seq, head_dim)
     scores = torch.baddbmm(mask, stacked, key.transpose(1, 2), alpha=1 / math.sqrt(head_dim))
     return (scores.softmax(-1) @ value).view(heads, seq, head_dim)
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(seq: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(groups * seq, seq): minus infinity where a query must not look, zero elsewhere."""
+    return torch.full((seq, seq), -torch.inf, dtype=dtype, device=device).triu(1).repeat(groups, 1)
 
 
 class AddLowRank(torch.autograd.Function):
