@@ -1,9 +1,10 @@
-"""Speed and memory of LoRA finetuning and of decoding, on a model with random weights: nothing to download.
+"""Speed and memory of finetuning and of decoding, on a model with random weights: nothing to download.
 
     python benchmarks/random_model.py --name 7B
 
-makes the model and a prepared set in a temporary folder, runs 50 steps of `finetune/lora.py` and 200 tokens of
-`generate/base.py` as any user would, and prints a row for benchmarks/RESULTS.md.
+makes the model and a prepared set in a temporary folder, runs 50 steps of `finetune/lora.py` (or with --method full of
+`finetune/full.py`, in bf16-true, which takes 54 GB for 7B) and 200 tokens of `generate/base.py` as any user would, and
+prints a row for benchmarks/RESULTS.md.
 """
 
 import csv
@@ -31,12 +32,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(
-    name: str = "7B", steps: int = 50, batch_size: int = 16, new_tokens: int = 200, work_dir: Path | None = None
+    name: str = "7B",
+    method: str = "lora",
+    steps: int = 50,
+    batch_size: int = 16,
+    new_tokens: int = 200,
+    work_dir: Path | None = None,
 ) -> None:
-    """Measure LoRA finetuning and decoding of a model with random bf16 weights.
+    """Measure finetuning and decoding of a model with random bf16 weights.
 
     Args:
         name: the architecture, one of LLaMAConfig.from_name's.
+        method: lora, adapter, adapter_v2 or full.
         steps: of finetuning; speed is the median over all but the first five.
         batch_size: samples a step.
         new_tokens: how many to decode.
@@ -52,9 +59,11 @@ def main(
         model = ["--checkpoint_dir", folder / "model"]
         call("scripts/prepare_json.py", "--source", folder / "records.json", "--data_dir", folder / "data", *model)
         recipe = ["--train.max_steps", steps, "--train.batch_size", batch_size, "--train.epochs", 1000]
-        recipe += ["--train.eval_samples", 8]
-        call("finetune/lora.py", *model, "--data_dir", folder / "data", "--out_dir", folder / "lora", *recipe)
-        with (folder / "lora/metrics.csv").open(newline="") as file:
+        recipe += ["--train.eval_samples", 8, "--train.keep_last", 1]
+        recipe += ["--precision", "bf16-true"] if method == "full" else []
+        out = ["--data_dir", folder / "data", "--out_dir", folder / "out"]
+        call(f"finetune/{method}.py", *model, *out, *recipe)
+        with (folder / "out/metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         speed = statistics.median(float(row["tokens_per_second"]) for row in rows[5:])
         memory = int(rows[-1]["peak_memory_bytes"])
@@ -64,7 +73,7 @@ def main(
     decoded, used = re.search(r"([\d.]+) tokens/sec\s+Memory used: ([\d.]+) GB", printed).groups()
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else "CPU"
     when = f"torch {torch.__version__}, {datetime.date.today()}"
-    print(f"| {name} | {device} | {speed:,.0f} | {memory / 1e9:.2f} GB | {decoded} | {used} GB | {when} |")
+    print(f"| {name} | {method} | {device} | {speed:,.0f} | {memory / 1e9:.2f} GB | {decoded} | {used} GB | {when} |")
 
 
 def random_weights(config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
