@@ -13,6 +13,7 @@ from lit_llama.errors import UserError
 from lit_llama.files import (
     check_new_folder,
     cut_into_files,
+    header_template,
     load_pickled,
     open_safetensors,
     replacing,
@@ -175,11 +176,8 @@ def write_checkpoint(
 
 def checkpoint_template(folder: Path) -> str | None:
     """The prompt template that a model folder of ours was finetuned with, None where it does not say."""
-    files = _weight_files(folder)
-    if files[0].suffix == ".bin":
-        return None
-    with open_safetensors(files[0]) as handle:
-        return (handle.metadata() or {}).get("template") or None
+    file = _weight_files(folder)[0]
+    return None if file.suffix == ".bin" else header_template(file)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -35,6 +35,12 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
+def header_template(file: Path) -> str | None:
+    """The prompt template of the training in a safetensors header, None where it does not say."""
+    with open_safetensors(file) as handle:
+        return (handle.metadata() or {}).get("template") or None
+
+
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` or `.pth`, memory-mapped. Raises UserError for others."""
     try:

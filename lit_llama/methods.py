@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llama.config import read_json
 from lit_llama.errors import UserError
-from lit_llama.files import open_safetensors, replacing, save_tensors
+from lit_llama.files import header_template, replacing, save_tensors
 from lit_llama.model import LLaMA
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -81,19 +81,18 @@ def read_settings(path: str | Path, key: str, kinds: tuple[str, ...], script: st
 
 def training_template(path: str | Path) -> str | None:
     """The prompt template that a method was trained with, None where its file does not say (PEFT's do not)."""
-    with open_safetensors(Path(path) / WEIGHTS_FILE) as handle:
-        return (handle.metadata() or {}).get("template") or None
+    return header_template(Path(path) / WEIGHTS_FILE)
 
 
 def base_folder(path: str | Path) -> Path:
     """The folder of the base model that a method's folder names. Raises UserError where it is not on this machine."""
     file = Path(path) / CONFIG_FILE
-    base = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    if not file.is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one with finetune/*.py --out_dir {path}")
+    base = read_json(file).get("base_model_name_or_path")
     for folder in (base, f"checkpoints/{base}"):
         if isinstance(base, str) and base and Path(folder).is_dir():
             return Path(folder)
-    if not file.is_file():
-        raise UserError(f"{path}: no {CONFIG_FILE} there. Train one with finetune/*.py --out_dir {path}")
     raise UserError(f"{path}: its base model {base!r} is no folder here. Give the base with --checkpoint_dir")
 
 
