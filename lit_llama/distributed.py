@@ -167,6 +167,13 @@ def writing_together(fabric: Fabric, folder: Path) -> Iterator[Path]:
             stack.close()
 
 
+def leave_together(fabric: Fabric) -> None:
+    """Close the processes' connections once all have come here: none goes while another still waits for its data."""
+    if fabric.world_size > 1:
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def end_with_parent(parent: int) -> None:
     """End this process once the one that has started it is gone: in a collective it might wait for hours."""
     while os.getppid() == parent:

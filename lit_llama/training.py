@@ -21,6 +21,7 @@ from lit_llama import fast
 from lit_llama.cli import used_flags
 from lit_llama.data import step_samples
 from lit_llama.distributed import (
+    leave_together,
     peak_memory_bytes,
     together,
     whole_tensors,
@@ -153,17 +154,16 @@ def fit(
             start_metrics(run.out_dir / "metrics.csv", first_step)
     optimizer = fabric.setup_optimizers(adamw)
     count, whole = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+    say = partial(print, flush=True) if fabric.is_global_zero else lambda line: None
     where = f"{fabric.device}" if fabric.world_size == 1 else f"{fabric.world_size} devices"
-    fabric.print(
-        f"training {count:,} of {whole:,} parameters on {where}, {num_steps} steps of {args.batch_size} samples"
-    )
+    say(f"training {count:,} of {whole:,} parameters on {where}, {num_steps} steps of {args.batch_size} samples")
     started, seconds, tokens_seen = time.perf_counter(), 0.0, 0
     if progress.step == 0:
         progress.first_val_loss = evaluate(run, model, args)
         if progress.first_val_loss is not None:
-            fabric.print(f"step 0: val loss {progress.first_val_loss:.4f}", flush=True)
+            say(f"step 0: val loss {progress.first_val_loss:.4f}")
     else:
-        fabric.print(f"going on after step {first_step}, from {saved[-1]}", flush=True)
+        say(f"going on after step {first_step}, from {saved[-1]}")
 
     def keep() -> None:
         nonlocal kept
@@ -213,7 +213,7 @@ def fit(
                 bar.write(f"step {done}: val loss {val_loss:.4f}")
             if bar.disable and (last or done % args.log_interval == 0 or done == 1):
                 left = (num_steps - done) * seconds / (done - first_step)
-                fabric.print(f"step {done}/{num_steps}: {line}, {left:.0f} s left", flush=True)
+                say(f"step {done}/{num_steps}: {line}, {left:.0f} s left")
             if last:
                 save_result(run, trained, save, run.out_dir)
             stopped_by = 0 if last else stop.agreed(run)
@@ -222,14 +222,16 @@ def fit(
             if stopped_by:
                 bar.close()
                 command = shlex.join(["python", sys.argv[0], "--config", f"{run.out_dir}/config.yaml", "--resume"])
-                fabric.print(f"stopped by {signal.Signals(stopped_by).name} after step {done}. Go on with: {command}")
+                say(f"stopped by {signal.Signals(stopped_by).name} after step {done}. Go on with: {command}")
+                leave_together(fabric)
                 raise SystemExit(128 + stopped_by if fabric.is_global_zero else 0)
     bar.close()
     change = "" if val_loss is None else f"val loss {progress.first_val_loss:.4f} -> {val_loss:.4f}, "
-    fabric.print(
+    say(
         f"done: {change}{time.perf_counter() - started:.1f} s, {tokens_seen / seconds:.0f} tokens/s, "
         f"peak memory {peak_memory_bytes(fabric.device) / 1e9:.2f} GB, result in {run.out_dir}"
     )
+    leave_together(fabric)
 
 
 def make_optimizer(
