@@ -6,7 +6,7 @@ from lit_llama import Tokenizer, load_model
 from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, default_device
+from lit_llama.generation import answer, loading_device
 from lit_llama.methods import base_folder, training_template
 
 
@@ -27,7 +27,7 @@ def main(
     """
     checkpoint_dir = checkpoint_dir or base_folder(adapter_path)
     tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
     load_adapter(model, adapter_path)
     answer(model, tokenizer, template or training_template(adapter_path) or "alpaca", **flags)
 

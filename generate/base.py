@@ -5,7 +5,7 @@ from pathlib import Path
 from lit_llama import Tokenizer, load_model
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, default_device
+from lit_llama.generation import answer, loading_device
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
         precision: bf16-true or 32-true.
     """
     tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
     answer(model, tokenizer, template or ("chat" if tokenizer.chat_template else "none"), **flags)
 
 

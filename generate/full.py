@@ -6,7 +6,7 @@ from lit_llama import Tokenizer, load_model
 from lit_llama.checkpoint import checkpoint_template
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, default_device
+from lit_llama.generation import answer, loading_device
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
         precision: bf16-true or 32-true.
     """
     tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
     answer(model, tokenizer, template or checkpoint_template(checkpoint_dir) or "alpaca", **flags)
 
 

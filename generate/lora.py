@@ -6,7 +6,7 @@ from lit_llama import Tokenizer, load_model
 from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, default_device
+from lit_llama.generation import answer, loading_device
 from lit_llama.lora import load_lora, merge_lora
 from lit_llama.methods import base_folder, training_template
 
@@ -28,7 +28,7 @@ def main(
     """
     checkpoint_dir = checkpoint_dir or base_folder(lora_path)
     tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, default_device(), inference_dtype(precision))
+    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
     load_lora(model, lora_path)
     merge_lora(model)
     if (lora_path / "adapter").is_dir():

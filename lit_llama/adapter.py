@@ -63,7 +63,9 @@ class AdapterAttention(nn.Module):
         self.prompt = nn.Parameter(torch.randn(prompt_length, config.hidden_size, **place))
         self.gate = nn.Parameter(torch.zeros(config.num_attention_heads, **place))
 
-    def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, rope: Rope, samples: SampleLengths | None, kv_cache: KVCache | None
+    ) -> Tensor:
         query, key, value = self.base.project(hidden_states, rope)
         attended = self.base.attend(query, key, value, samples, kv_cache)
         attended = attended + recompute(self.attend_to_prompt, query)

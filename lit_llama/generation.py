@@ -1,13 +1,20 @@
 """Decoding: one prefill, then a token at a time from the KV cache."""
 
+import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama import fast
+from lit_llama.checkpoint import load_model
+from lit_llama.decoding import DecodeStep, prepare
 from lit_llama.distributed import peak_memory_bytes
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
@@ -40,65 +47,161 @@ class Sampling:
                 "--temperature, --max_new_tokens: should be from 0 on, --top_p in (0, 1], --top_k from 1 on"
             )
 
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """What draws: of its own where there is a seed."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
 
 def generate(
     model: LLaMA,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     eos_id: int | Collection[int] | None = None,
     seed: int | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """Prompt and what follows it: (seq,) or (batch, seq) int64 -> (seq + new,) or (batch, seq + new).
 
     Decoding ends when all rows have ended with `eos_id` (one token or several); a row that ended before goes on with
-    the first of them. The other arguments are `Sampling`'s. Raises UserError as `stream` does.
+    the first of them. Prompts of different lengths, a list of (seq,), are decoded together without padding and give a
+    list. The other arguments are `Sampling`'s. Raises UserError as `stream` does.
     """
-    rows = input_ids if input_ids.dim() == 2 else input_ids[None]
-    tokens = stream(model, rows, Sampling(max_new_tokens, temperature, top_k, top_p, seed), eos_id)
-    whole = torch.cat((rows, *(token[:, None] for token in tokens)), dim=1)
-    return whole if input_ids.dim() == 2 else whole[0]
+    single = isinstance(input_ids, Tensor) and input_ids.dim() == 1
+    rows = [input_ids] if single else list(input_ids)
+    tokens = list(stream(model, rows, Sampling(max_new_tokens, temperature, top_k, top_p, seed), eos_id))
+    new = torch.stack(tokens, dim=1).to(rows[0].device) if tokens else rows[0].new_zeros(len(rows), 0)
+    whole = [torch.cat(parts) for parts in zip(rows, new, strict=True)]
+    if single:
+        return whole[0]
+    return torch.stack(whole) if isinstance(input_ids, Tensor) else whole
+
+
+def stream(
+    model: LLaMA,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    eos_id: int | Collection[int] | None = None,
+    compile: bool = False,
+    draft: LLaMA | None = None,
+) -> Iterator[Tensor]:
+    """Yield the tokens (batch,) that follow the prompts, each (seq,), as they are decoded, on the CPU.
+
+    Those that end a row are included. `compile` is `DecodeStep`'s; `draft` makes it `speculate`, for a single prompt.
+    Raises UserError where prompt and new tokens exceed the model's context.
+    """
+    longest, new = max(len(prompt) for prompt in prompts), sampling.max_new_tokens
+    if not all(len(prompt) for prompt in prompts):
+        raise UserError("a prompt is empty, and this model has no BOS token to start from. Give --prompt some text")
+    for which in (model, *([draft] if draft else [])):
+        if longest + new > (context := which.config.max_position_embeddings):
+            asked = f"the prompt has {longest} tokens and --max_new_tokens asks for {new} more"
+            raise UserError(f"{asked}, the model's context holds {context}. Shorten one of them")
+    ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id or []), dtype=torch.long)
+    tokens = decode(model, prompts, sampling, compile) if draft is None else speculate(model, draft, prompts, sampling)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for token in read_late(tokens):
+        if len(ends):
+            token = torch.where(ended, ends[0], token)
+            ended |= torch.isin(token, ends)
+        yield token
+        if ended.all():
+            return
 
 
 @torch.inference_mode()
-def stream(
-    model: LLaMA, input_ids: Tensor, sampling: Sampling, eos_id: int | Collection[int] | None = None
-) -> Iterator[Tensor]:
-    """Yield the tokens (batch,) that follow the rows of `input_ids` as they are decoded, those that end them included.
-
-    The arguments are `generate`'s. Raises UserError where prompt and new tokens exceed the model's context.
-    """
-    (batch_size, seq), device = input_ids.shape, input_ids.device
-    max_new_tokens, context = sampling.max_new_tokens, model.config.max_position_embeddings
-    if seq == 0:
-        raise UserError("the prompt is empty, and this model has no BOS token to start from. Give --prompt some text")
-    if seq + max_new_tokens > context:
-        asked = f"the prompt has {seq} tokens and --max_new_tokens asks for {max_new_tokens} more"
-        raise UserError(f"{asked}, the model's context holds {context}. Shorten one of them")
-    ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
-    end_ids = torch.tensor(ends, dtype=torch.long, device=device)
-    generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
-    kv_cache = model.make_kv_cache(batch_size, seq + max_new_tokens)
-    ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    last = torch.arange(1, batch_size + 1, device=device) * seq - 1
-    for _ in range(max_new_tokens):
-        logits = model(input_ids, positions=last, kv_cache=kv_cache)  # (batch, vocab)
+def decode(model: LLaMA, prompts: Sequence[Tensor], sampling: Sampling, compile: bool = False) -> Iterator[Tensor]:
+    """Yield `sampling.max_new_tokens` times a token (batch,) for each of the prompts, on the model's device."""
+    device, lengths, new = (
+        model.embed_tokens.weight.device,
+        [len(prompt) for prompt in prompts],
+        sampling.max_new_tokens,
+    )
+    generator = sampling.generator(device)
+    static = fast.enabled and (compile or device.type == "cuda")
+    kv_cache = model.make_kv_cache(len(lengths), max(lengths) + new, static)
+    last = torch.tensor(lengths).cumsum(0).to(device) - 1
+    step = None
+    for _ in range(new):
+        if step is None:
+            logits = model(torch.cat(list(prompts)).to(device), lengths, positions=last, kv_cache=kv_cache)
+            step = DecodeStep(model, kv_cache, compile)
+        else:
+            logits = step(token)  # noqa: F821, of the round before
         token = sample(logits, sampling, generator)
-        if ends:
-            token = torch.where(ended, end_ids[0], token)
-            ended |= torch.isin(token, end_ids)
         yield token
-        if ends and bool(ended.all()):
-            return
-        input_ids, last = token[:, None], torch.arange(batch_size, device=device)
+
+
+@torch.inference_mode()
+def speculate(
+    model: LLaMA, draft: LLaMA, prompts: Sequence[Tensor], sampling: Sampling, num_draft: int = 4
+) -> Iterator[Tensor]:
+    """What `decode` yields for one prompt, with a small model of the same vocabulary ahead of the large one.
+
+    Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1): the draft proposes `num_draft` tokens,
+    the model looks at all of them in one pass, and keeps as many as leave its own distribution what it was. Greedy
+    decoding gives the very tokens of `decode`. Raises UserError for several prompts or another vocabulary.
+    """
+    if len(prompts) > 1 or draft.config.vocab_size != model.config.vocab_size:
+        sizes = f"{draft.config.vocab_size} tokens, the model's {model.config.vocab_size}"
+        raise UserError(f"--draft_checkpoint_dir: for one prompt, and a draft of one vocabulary (the draft's: {sizes})")
+    device, seq, end = model.embed_tokens.weight.device, len(prompts[0]), len(prompts[0]) + sampling.max_new_tokens
+    generator = sampling.generator(device)
+    cache, draft_cache = (which.make_kv_cache(1, end) for which in (model, draft))
+    ids = prompts[0].tolist()
+    while len(ids) < end:
+        known, proposed = len(ids), []  # the model's cache holds all of `ids` but the last, none at first
+        while len(proposed) < min(num_draft, end - known - 1) and known > seq:
+            unseen = torch.tensor([(ids + [token for token, _ in proposed])[draft_cache.longest :]], device=device)
+            guess = probabilities(draft(unseen, kv_cache=draft_cache)[:, -1], sampling)  # (1, vocab)
+            proposed.append((int(torch.multinomial(guess, 1, generator=generator)), guess[0]))
+        block = torch.tensor([ids[cache.longest :] + [token for token, _ in proposed]], device=device)
+        wanted = probabilities(model(block, kv_cache=cache)[0, -len(proposed) - 1 :], sampling)  # (proposed + 1, vocab)
+        for (token, guess), want in zip(proposed, wanted, strict=False):
+            chance = torch.rand((), generator=generator, device=device)
+            if chance * guess[token] >= want[token]:  # refused: draw from what the draft's guess leaves over
+                want = (want - guess).clamp(min=0)
+                break
+            ids.append(token)
+            yield torch.tensor([token], device=device)
+        else:
+            want = wanted[-1]
+        for kept in (cache, draft_cache):
+            kept.rewind([min(kept.longest, len(ids))])
+        ids.append(int(torch.multinomial(want, 1, generator=generator)))
+        yield torch.tensor(ids[-1:], device=device)
+
+
+def read_late(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The tokens on the CPU; those of a GPU each a step late, when the next one is underway already."""
+    waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+    for token in tokens:
+        arrived = torch.cuda.Event() if token.is_cuda else None
+        waiting.append((token.to("cpu", non_blocking=True), arrived))
+        if arrived is None:
+            yield waiting.popleft()[0]
+            continue
+        arrived.record()
+        if len(waiting) > 1:
+            waiting[0][1].synchronize()
+            yield waiting.popleft()[0]
+    for token, arrived in waiting:
+        arrived.synchronize()
+        yield token
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Draw (batch,) token ids from (batch, vocab) logits."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # on the CPU ahead of argmax in bf16
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)[:, 0]
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(batch, vocab) logits -> what tokens are drawn from, up to a factor per row: (batch, vocab), fp32."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.max(-1).indices, logits.size(-1)).float()
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None:
         least = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values[:, -1:]
@@ -109,53 +212,101 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         # a token stays while those before it have not reached p yet, so the first one always does
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
 
 
 def answer(
     model: LLaMA,
     tokenizer: Tokenizer,
     template: str,
-    prompt: str,
+    prompt: str | None = None,
     input: str = "",
+    prompt_file: Path | None = None,
+    batch_size: int = 8,
     num_samples: int = 1,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = 200,
     top_p: float = 1.0,
     seed: int = 1234,
+    quantize: str | None = None,
+    draft_checkpoint_dir: Path | None = None,
+    compile: bool = False,
+    fast_paths: bool = True,
 ) -> None:
-    """Print answers to a prompt on stdout as their tokens come, then seconds, tokens/s and memory on stderr.
+    """Print answers on stdout, then seconds, tokens/s and memory on stderr.
 
     Args:
-        model: what answers.
+        model: what answers, where `loading_device` says; it is of no other use afterwards.
         tokenizer: the model's.
         template: the prompt template, a name that `get_template` knows.
-        prompt: the instruction, or with --template none the text to go on from.
+        prompt: the instruction, or with --template none the text to go on from; the answer is printed as it comes.
         input: context for the instruction.
+        prompt_file: a text file with a prompt in each line; prints a JSON line with prompt and answer for each.
+        batch_size: how many prompts of the file are answered at a time.
         num_samples: how many answers, with seeds counted up.
         max_new_tokens: longest answer in tokens.
         temperature: randomness; 0 takes the most likely token each time.
         top_k: sample from the k most likely tokens only.
         top_p: sample from the most likely tokens that make up this probability.
         seed: of the sampling.
+        quantize: int8 or int4 weights: faster, and a half or a quarter of the memory.
+        draft_checkpoint_dir: a small model of the same family that runs ahead (speculative decoding), for --prompt.
+        compile: let torch.compile fuse each step; takes up to a minute first.
+        fast_paths: false: decode the plain way that the fast ones equal.
     """
-    device = model.embed_tokens.weight.device
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("--prompt, --prompt_file: give one of them")
+    if batch_size < 1 or num_samples < 1:
+        raise UserError("--batch_size, --num_samples: should be at least 1")
+    fast.enabled, device = fast_paths, default_device()
     how = get_template(template, tokenizer)
-    prompt_ids = encode_prompt(how, tokenizer, [{"role": "user", "content": prompt, "input": input}])
-    input_ids = torch.tensor([prompt_ids], dtype=torch.long, device=device)
     ends = stop_ids(how, tokenizer, model.config.eos_token_id)
+    prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
+    messages = ([{"role": "user", "content": text, "input": input}] for text in prompts)
+    encoded = [torch.tensor(encode_prompt(how, tokenizer, message), dtype=torch.long) for message in messages]
+    settings = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    prepare(model, device, quantize, fast_paths, compile)
+    draft = None
+    if draft_checkpoint_dir is not None:
+        draft = load_model(draft_checkpoint_dir, loading_device(quantize), model.embed_tokens.weight.dtype)
+        prepare(draft, device, quantize, fast_paths)
     for number in range(num_samples):
-        started = time.perf_counter()
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + number)
-        tokens = stream(model, input_ids, sampling, ends)
-        for new_tokens, piece in enumerate(pieces(tokenizer, map(int, tokens))):  # noqa: B007, used below
-            print(piece, end="", flush=True)
+        started, count = time.perf_counter(), 0
+        sampling = replace(settings, seed=seed + number)
+        for first in range(0, len(prompts), batch_size):
+            rows = encoded[first : first + batch_size]
+            tokens = stream(model, rows, sampling, ends, compile, draft)
+            if prompt_file is None:
+                for count, piece in enumerate(pieces(tokenizer, map(int, tokens))):  # noqa: B007, used below
+                    print(piece, end="", flush=True)
+                print(flush=True)
+                continue
+            for text, ids in zip(
+                prompts[first:], zip(*(token.tolist() for token in tokens), strict=True), strict=False
+            ):
+                length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
+                count += length
+                print(
+                    json.dumps({"prompt": text, "answer": tokenizer.decode(ids[:length])}, ensure_ascii=False),
+                    flush=True,
+                )
         seconds = time.perf_counter() - started
-        print(flush=True)
-        speed = f"{seconds:.2f} seconds total, {new_tokens / seconds:.2f} tokens/sec"
+        speed = f"{seconds:.2f} seconds total, {count / seconds:.2f} tokens/sec"
         print(f"Time for inference {number + 1}: {speed}", file=sys.stderr)
     print(f"Memory used: {peak_memory_bytes(device) / 1e9:.2f} GB", file=sys.stderr)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that hold something. Raises UserError where there is none."""
+    try:
+        prompts = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 text (byte {error.start}). Save it as UTF-8") from None
+    if not prompts:
+        raise UserError(f"{file}: holds no prompt. Write one in each line")
+    return prompts
 
 
 def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -169,6 +320,11 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield complete[len(done) :]
         done = complete
     yield text[len(done) :]
+
+
+def loading_device(quantize: str | None = None) -> torch.device:
+    """Where a model for `answer` is loaded: where it runs, or, to be quantized on its way there, on the CPU."""
+    return default_device() if quantize is None else torch.device("cpu")
 
 
 def default_device() -> torch.device:

@@ -18,7 +18,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.fast import recompute
 
 LOSS_CHUNK = 256  # labels whose logits, (256, vocab_size) in fp32, are in memory at a time
-Rope = tuple[Tensor, Tensor]  # cos and sin, each (tokens, 1, head_dim), fp32
+Rope = tuple[Tensor, Tensor]  # cos, and sin with a minus in its first half, each (tokens, 1, head_dim), fp32
 
 
 class LLaMA(nn.Module):
@@ -49,17 +49,18 @@ class LLaMA(nn.Module):
             lengths: tokens in each sample, adding up to the number of tokens. Default: every row is one sample.
             positions: (labels,) tokens, counted over the flattened input, for the logits of these only.
             labels: (labels,) the successors at `positions`; asks for the cross entropy summed over them, a fp32 scalar.
-            kv_cache: what `make_kv_cache` returned; `input_ids` (batch, seq) continue the tokens already in it.
+            kv_cache: what `make_kv_cache` returned; samples fill its rows, then `input_ids` (batch, new) continue them.
         """
         rows, seq = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
-        samples = SampleLengths(lengths or [seq] * rows, input_ids.device)
-        offset = 0 if kv_cache is None else kv_cache.length
-        rope = rope_table(self.config, samples.positions + offset)
+        samples = None
+        if kv_cache is None or kv_cache.empty:
+            samples = SampleLengths(lengths or [seq] * rows, input_ids.device)
+        rope = rope_table(self.config, samples.positions if kv_cache is None else kv_cache.begin(seq, samples))
         hidden_states = self.embed_tokens(input_ids.flatten())  # (tokens, hidden)
         for layer in self.layers:
             hidden_states = layer(hidden_states, rope, samples, kv_cache)
         if kv_cache is not None:
-            kv_cache.length += seq
+            kv_cache.finish()
         hidden_states = self.norm(hidden_states)
         if labels is not None:
             return self.cross_entropy_sum(hidden_states[positions], labels)
@@ -82,11 +83,12 @@ class LLaMA(nn.Module):
         loss_of = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
         return torch.stack([recompute(loss_of, *chunk) for chunk in chunks]).sum()
 
-    def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
+    def make_kv_cache(self, batch_size: int, max_seq_length: int, static: bool = False) -> KVCache:
         """An empty cache for `max_seq_length` tokens a row, on the model's device and in its dtype."""
         c, weight = self.config, self.embed_tokens.weight
         shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, max_seq_length, c.head_dim)
-        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
+        keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        return KVCache(keys, values, c.num_attention_heads // c.num_key_value_heads, static)
 
 
 class Block(nn.Module):
@@ -99,7 +101,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, rope: Rope, samples: SampleLengths | None, kv_cache: KVCache | None
+    ) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, samples, kv_cache)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -117,7 +121,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
 
-    def forward(self, hidden_states: Tensor, rope: Rope, samples: SampleLengths, kv_cache: KVCache | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, rope: Rope, samples: SampleLengths | None, kv_cache: KVCache | None
+    ) -> Tensor:
         query, key, value = self.project(hidden_states, rope)
         return self.o_proj(self.attend(query, key, value, samples, kv_cache).flatten(1))
 
@@ -128,13 +134,12 @@ class Attention(nn.Module):
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, samples: SampleLengths, kv_cache: KVCache | None
+        self, query: Tensor, key: Tensor, value: Tensor, samples: SampleLengths | None, kv_cache: KVCache | None
     ) -> Tensor:
         """What `project` gave -> (tokens, num_heads, head_dim)."""
         if kv_cache is None:
             return causal_attention(query, key, value, samples)
-        batch = (samples.split(t) for t in (query, key, value))  # each (batch, heads, seq, head_dim)
-        return kv_cache.attend(self.index, *batch).transpose(1, 2).flatten(0, 1)
+        return kv_cache.attend(self.index, query, key, value)
 
 
 class MLP(nn.Module):
@@ -164,7 +169,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps).to(hidden_states.dtype)
+    normed = F.rms_norm(hidden_states, weight.shape, eps=eps).to(hidden_states.dtype)
     # rounded before the weight, as the models were trained; once more where a trained weight is fp32
     return (weight * normed).to(hidden_states.dtype)
 
@@ -186,18 +191,18 @@ def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) ->
 
 
 def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
-    """cos and sin of the angles at `positions` (tokens,), each (tokens, 1, head_dim), the two halves alike.
+    """cos and signed sin of the angles at `positions` (tokens,), each (tokens, 1, head_dim).
 
     In fp32 whatever the model's dtype: in bf16, position 257 would already be 256.
     """
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (tokens, head_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate (tokens, heads, head_dim) by its tokens' angles; the result has x's dtype."""
+    """Rotate (tokens, heads, head_dim) by its tokens' angles, in fp32; the result has x's dtype."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
+    wide = x.float()
+    # (first, second) -> (first cos - second sin, second cos + first sin)
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)

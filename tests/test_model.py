@@ -226,7 +226,7 @@ def greedy_with_cache(model: LLaMA, input_ids: Tensor, steps: int, chunk: int | 
         token = logits[:, -1:].argmax(-1)
         input_ids = torch.cat((input_ids, token), dim=1)
         logits = model(token, kv_cache=kv_cache)
-    assert kv_cache.length == input_ids.size(1)
+    assert kv_cache.longest == input_ids.size(1)
     return input_ids
 
 
@@ -280,7 +280,7 @@ def test_kv_cache_overflow_raises_before_anything_is_written(decoding_pair) -> N
     before = kv_cache.keys.clone()
     with pytest.raises(ValueError, match="7 tokens do not fit into a KV cache of 6"):
         model(random_ids(1, 2), kv_cache=kv_cache)
-    assert kv_cache.length == 5
+    assert kv_cache.longest == 5
     torch.testing.assert_close(kv_cache.keys, before, atol=0, rtol=0)
     model(random_ids(1, 1), kv_cache=kv_cache)  # the last place is still free
 
@@ -294,7 +294,7 @@ def test_kv_cache_has_the_models_dtype_and_only_key_value_heads(tmp_path: Path, 
         assert ours.dtype == dtype
         assert len(ours) == len(expected)
         assert ours[0].shape == getattr(expected[0], theirs).shape
-    assert kv_cache.length == 0
+    assert kv_cache.longest == 0
     assert kv_cache.keys.shape[3] == 17
 
 
