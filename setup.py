@@ -33,6 +33,15 @@ setup(
         "gguf": GGUF,
         "quickstart": GGUF,
         "benchmarks": [*GGUF, "peft>=0.17", "transformers>=4.56"],
-        "test": [*HUB, *GGUF, "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=4.56"],
+        "test": [
+            *HUB,
+            *GGUF,
+            "bitsandbytes>=0.48",
+            "peft>=0.17",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "transformers>=4.56",
+        ],
     },
 )

@@ -19,8 +19,9 @@ from lit_llama.files import (
     replacing,
     save_tensors,
 )
-from lit_llama.methods import base_parameters
+from lit_llama.methods import base_parameters, replace_module
 from lit_llama.model import LLaMA
+from lit_llama.quantize import FOR_TRAINING, QuantizedLinear, quantization
 
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -47,13 +48,17 @@ def empty_model(checkpoint_dir: str | Path, dtype: torch.dtype) -> LLaMA:
         return LLaMA(config).to(dtype).requires_grad_(False)
 
 
-def load_weights(model: LLaMA, checkpoint_dir: str | Path, device: str | torch.device = "cpu") -> None:
+def load_weights(
+    model: LLaMA, checkpoint_dir: str | Path, device: str | torch.device = "cpu", quantize: str | None = None
+) -> None:
     """Give the LLaMA's own parameters, which may be wrapped and sharded by now, the values of a model folder.
 
     Each tensor goes from the memory-mapped file into place, rounded to the dtype of its parameter: a process never
     holds more than its shard of the model and one tensor. On the CPU, mapped pages that hold a frozen parameter's dtype
-    already are the weights themselves. A module whose start depends on its base's weights has `init_from_base`, called
-    afterwards. Raises UserError where config or weights are missing, damaged or do not belong together.
+    already are the weights themselves. With `quantize` (nf4, fp8) each frozen linear layer but the head becomes a
+    `QuantizedLinear` as soon as its weight is there. A module whose start depends on its base's weights has
+    `init_from_base`, called afterwards. Raises UserError where config or weights are missing, damaged or do not belong
+    together.
     """
     source = WeightFiles(Path(checkpoint_dir))
     places = base_parameters(model)
@@ -62,6 +67,8 @@ def load_weights(model: LLaMA, checkpoint_dir: str | Path, device: str | torch.d
         raise UserError(f"{checkpoint_dir}: the weights hold {sorted(surplus)[:3]}, config.json's model does not")
     if missing := places.keys() - source.places.keys():
         raise UserError(f"{checkpoint_dir}: the weights lack {sorted(missing)[:3]}. Download the folder again")
+    kind = None if quantize is None else quantization(quantize, FOR_TRAINING)
+    quantized: dict[nn.Module, QuantizedLinear] = {}
     for name, (module, leaf) in places.items():
         tensor, parameter = source.read(name), getattr(module, leaf)
         shapes = tuple(tensor.shape), tuple(parameter.shape)
@@ -70,7 +77,17 @@ def load_weights(model: LLaMA, checkpoint_dir: str | Path, device: str | torch.d
         if not tensor.is_floating_point():
             raise UserError(f"{checkpoint_dir}: {name} holds {tensor.dtype}; quantized checkpoints are not supported")
         weight = place_like(parameter, tensor, device)
+        if kind and isinstance(module, nn.Linear) and module is not model.lm_head and not parameter.requires_grad:
+            if leaf == "weight":
+                quantized[module] = kind(weight)
+                continue
+            module = quantized[module]
         setattr(module, leaf, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+    if kind and not quantized:
+        raise UserError(f"--quantize {quantize}: all linear layers train here; it is for frozen ones")
+    for name, module in list(model.named_modules()):
+        if module in quantized:
+            replace_module(model, name, quantized[module])
     for module in model.modules():
         if hasattr(module, "init_from_base"):
             module.init_from_base()

@@ -14,6 +14,7 @@ from lit_llama.data import open_prepared, pack, share
 from lit_llama.distributed import PRECISIONS, make_fabric, shard
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
+from lit_llama.quantize import FOR_TRAINING, quantization
 from lit_llama.run_folder import check_flags, data_sha256
 from lit_llama.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Run:
         precision: bf16-mixed (frozen weights bf16, trained ones fp32), 32-true, or bf16-true (full: bf16 ones train).
         seed: of everything random: the method's start, the samples' order, dropout.
         resume: go on from the newest checkpoint in out_dir.
+        quantize: nf4 (4 bits: QLoRA, least memory) or fp8 (fastest on recent GPUs) for frozen weights; one device.
     """
 
     def __init__(
@@ -42,9 +44,14 @@ class Run:
         precision: str = "bf16-mixed",
         seed: int = 1337,
         resume: bool = False,
+        quantize: str | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
+        if quantize is not None:
+            quantization(quantize, FOR_TRAINING)
+            if devices * num_nodes > 1:
+                raise UserError(f"--quantize {quantize}: works on one device. Leave out --devices and --num_nodes")
         config = LLaMAConfig.from_checkpoint(checkpoint_dir)
         self.train_set, self.val_set, meta = open_prepared(data_dir, Tokenizer(checkpoint_dir), config)
         self.template, self.data_sha256 = meta["template"], data_sha256(data_dir)
@@ -63,7 +70,7 @@ class Run:
 
         self.fabric = make_fabric(devices, num_nodes, precision, parallelize)
         self.checkpoint_dir, self.out_dir, self.seed, self.resume = checkpoint_dir, out_dir, seed, resume
-        self.weight_dtype = PRECISIONS[precision]
+        self.quantize, self.weight_dtype = quantize, PRECISIONS[precision]
         torch.manual_seed(seed)
 
     def pack(self, sample_ids: Iterable[int], lengths: list[int], micro_batch_tokens: int) -> list[list[int]]:
@@ -78,5 +85,5 @@ class Run:
         model = empty_model(self.checkpoint_dir, self.weight_dtype)
         apply(model)
         if self.fabric.world_size == 1:  # else in `parallelize`
-            load_weights(model, self.checkpoint_dir, self.fabric.device)
+            load_weights(model, self.checkpoint_dir, self.fabric.device, self.quantize)
         return self.fabric.setup_module(model, move_to_device=self.fabric.world_size == 1)

@@ -31,6 +31,7 @@ from lit_llama.dropout import token_rows
 from lit_llama.errors import UserError
 from lit_llama.files import replacing
 from lit_llama.model import recompute
+from lit_llama.quantize import QuantizedLinear
 from lit_llama.run import Run
 from lit_llama.run_folder import (
     Progress,
@@ -154,6 +155,7 @@ def fit(
             start_metrics(run.out_dir / "metrics.csv", first_step)
     optimizer = fabric.setup_optimizers(adamw)
     count, whole = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+    whole += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     say = partial(print, flush=True) if fabric.is_global_zero else lambda line: None
     where = f"{fabric.device}" if fabric.world_size == 1 else f"{fabric.world_size} devices"
     say(f"training {count:,} of {whole:,} parameters on {where}, {num_steps} steps of {args.batch_size} samples")
