@@ -1,14 +1,13 @@
 """Causal attention over samples that lie end to end, without padding and without a dense mask."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from lit_llama import fast
-from lit_llama.fast import recompute
-
-SHORT = 512  # tokens up to which `fast.short_attention` is the faster one on the CPU, forward and back
 
 
 class SampleLengths:
@@ -20,6 +19,10 @@ class SampleLengths:
         self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
+
+    @cached_property
+    def like(self) -> list[fast.LikeSamples]:
+        return fast.like_samples(self.lengths)
 
     def split(self, x: Tensor) -> Tensor:
         """(tokens, heads, head_dim) of samples of one length -> (samples, heads, seq, head_dim)."""
@@ -38,18 +41,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
         if groups > 1:  # torch 2.11's kernel wants as many key as query heads when gradients are needed
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+    on_cpu = query.device.type == "cpu"
+    if fast.enabled and on_cpu and torch.is_grad_enabled() and samples.longest <= fast.SHORT:
+        return fast.ShortAttention.apply(query, key, value, samples.like)
     if samples.uniform:
         return _sdpa(*(samples.split(t) for t in (query, key, value))).transpose(1, 2).flatten(0, 1)
     parts = zip(*(t.transpose(0, 1).split(samples.lengths, dim=1) for t in (query, key, value)), strict=True)
-    attended = [_attend(*part) for part in parts]  # each (heads, seq, head_dim)
+    attended = [_sdpa(*(t[None] for t in part))[0] for part in parts]  # each (heads, seq, head_dim)
     return torch.cat(attended, dim=1).transpose(0, 1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One sample, each (heads, seq, head_dim)."""
-    if fast.enabled and query.device.type == "cpu" and query.requires_grad and query.size(1) <= SHORT:
-        return recompute(fast.short_attention, query, key, value)
-    return _sdpa(query[None], key[None], value[None])[0]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

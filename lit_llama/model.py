@@ -153,7 +153,11 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(recompute(lambda gate, up: F.silu(gate) * up, gate, up))
+        return self.down_proj(fast.SwiGLU.apply(gate, up) if fast.enabled else recompute(swiglu, gate, up))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
@@ -165,6 +169,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if fast.enabled:
+            return fast.RMSNormKeepingInput.apply(hidden_states, self.weight, self.eps)
         return recompute(rms_norm, hidden_states, self.weight, self.eps)
 
 
@@ -202,7 +208,10 @@ def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (tokens, heads, head_dim) by its tokens' angles, in fp32; the result has x's dtype."""
-    cos, sin = rope
+    return fast.Rotate.apply(x, *rope, rotate) if fast.enabled else rotate(x, *rope)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(first, second) -> (first cos - second sin, second cos + first sin) for the halves of each head."""
     wide = x.float()
-    # (first, second) -> (first cos - second sin, second cos + first sin)
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)

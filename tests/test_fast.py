@@ -12,7 +12,16 @@ from torch import Tensor
 from lit_llama import fast, load_model
 from lit_llama.adapter import AdapterConfig
 from lit_llama.dropout import token_dropout, token_mask, token_rows
-from lit_llama.fast import AddLowRank, LinearCrossEntropySum, short_attention
+from lit_llama.fast import (
+    AddLowRank,
+    LinearCrossEntropySum,
+    RMSNormKeepingInput,
+    Rotate,
+    ShortAttention,
+    SwiGLU,
+    like_samples,
+)
+from lit_llama.model import rotate
 from lit_llama.training import TrainArgs
 
 CPU = torch.device("cpu")
@@ -51,14 +60,37 @@ def test_cross_entropy(chunk: int, trains_head: bool) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("seq", [1, 5, 33])
-def test_attention(kv_heads: int, seq: int) -> None:
-    query, key, value = random(6, seq, 8, seed=1), random(kv_heads, seq, 8, seed=2), random(kv_heads, seq, 8, seed=3)
-    ours = short_attention(query, key, value)
-    batched = (t[None] for t in (query, key, value))
-    plain = F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)[0]
+@pytest.mark.parametrize("lengths", [[1], [5, 33, 2, 64], [300, 70, 40, 290], [257]], ids=str)
+def test_attention(kv_heads: int, lengths: list[int]) -> None:
+    """Several samples of like lengths; longer and shorter than what keeps its probabilities."""
+    tokens = sum(lengths)
+    query, key, value = (random(tokens, heads, 8, seed=heads) for heads in (6, kv_heads, kv_heads))
+    ours = ShortAttention.apply(query, key, value, like_samples(lengths))
+    parts = zip(*(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    plain = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0] for part in parts]
+    plain = torch.cat(plain, dim=1).transpose(0, 1)
     # one token attends to itself alone: query and key make no difference
-    assert_same(ours, plain, [query, key, value] if seq > 1 else [value])
+    assert_same(ours, plain, [query, key, value] if tokens > 1 else [value])
+
+
+@pytest.mark.parametrize("trains_weight", [False, True])
+def test_norm(trains_weight: bool) -> None:
+    x, weight = random(12, 8, seed=1, scale=0.1), random(8, seed=2).detach().requires_grad_(trains_weight)
+    inputs = [x, weight] if trains_weight else [x]
+    assert_same(RMSNormKeepingInput.apply(x, weight, 1e-2), F.rms_norm(x, (8,), weight, 1e-2), inputs)
+
+
+def test_swiglu() -> None:
+    gate, up = random(12, 8, seed=1), random(12, 8, seed=2)
+    assert_same(SwiGLU.apply(gate, up), F.silu(gate) * up, [gate, up])
+
+
+def test_rotation() -> None:
+    """As complex numbers of the two halves."""
+    x, angles = random(12, 3, 8, seed=1), random(12, 1, 4, seed=2).detach()
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    assert_same(Rotate.apply(x, cos, sin, rotate), torch.cat((turned.real, turned.imag), -1), [x])
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -120,7 +120,9 @@ def test_merged_equals_unmerged_and_leaves_a_plain_model(folder: Path, settings:
     expected = model(INPUT_IDS)
     before = (folder / "model.safetensors").read_bytes()
     merge_lora(model)
-    assert_close(model(INPUT_IDS), expected)
+    # fp32: each sum is rounded elsewhere, which in one logit of 30,000 comes to more than 1e-5
+    torch.testing.assert_close(model(INPUT_IDS), expected, atol=2e-5, rtol=1e-5)
+    assert (model(INPUT_IDS) - expected).norm() < 2e-6 * expected.norm()
     names = set(load_model(folder).state_dict())
     assert set(model.state_dict()) == names
     assert (folder / "model.safetensors").read_bytes() == before  # whose mapped pages the weights were
