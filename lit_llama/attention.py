@@ -41,8 +41,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, samples: SampleL
         if groups > 1:  # torch 2.11's kernel wants as many key as query heads when gradients are needed
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
-    on_cpu = query.device.type == "cpu"
-    if fast.enabled and on_cpu and torch.is_grad_enabled() and samples.longest <= fast.SHORT:
+    if fast.training() and query.device.type == "cpu" and samples.longest <= fast.SHORT:
         return fast.ShortAttention.apply(query, key, value, samples.like)
     if samples.uniform:
         return _sdpa(*(samples.split(t) for t in (query, key, value))).transpose(1, 2).flatten(0, 1)

@@ -19,6 +19,11 @@ from torch.utils.checkpoint import checkpoint
 enabled = True
 
 
+def training() -> bool:
+    """Whether to take the forms whose gain lies on the way back."""
+    return enabled and torch.is_grad_enabled()
+
+
 def recompute(function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool = False) -> Tensor:
     """`function(*args)`, computed again in the backward pass: for what is cheaper to compute than to keep in memory.
 

@@ -1,6 +1,8 @@
 """Decoding: one prefill, then a token at a time from the KV cache."""
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -261,6 +263,8 @@ def answer(
     if batch_size < 1 or num_samples < 1:
         raise UserError("--batch_size, --num_samples: should be at least 1")
     fast.enabled, device = fast_paths, default_device()
+    if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--compile: needs a C++ compiler on the CPU, and g++ is not installed")
     how = get_template(template, tokenizer)
     ends = stop_ids(how, tokenizer, model.config.eos_token_id)
     prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)

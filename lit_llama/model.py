@@ -153,7 +153,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(fast.SwiGLU.apply(gate, up) if fast.enabled else recompute(swiglu, gate, up))
+        return self.down_proj(fast.SwiGLU.apply(gate, up) if fast.training() else recompute(swiglu, gate, up))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if fast.enabled:
+        if fast.training():
             return fast.RMSNormKeepingInput.apply(hidden_states, self.weight, self.eps)
         return recompute(rms_norm, hidden_states, self.weight, self.eps)
 
@@ -208,7 +208,7 @@ def rope_table(config: LLaMAConfig, positions: Tensor) -> Rope:
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate (tokens, heads, head_dim) by its tokens' angles, in fp32; the result has x's dtype."""
-    return fast.Rotate.apply(x, *rope, rotate) if fast.enabled else rotate(x, *rope)
+    return fast.Rotate.apply(x, *rope, rotate) if fast.training() else rotate(x, *rope)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

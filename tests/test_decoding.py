@@ -1,6 +1,7 @@
 """Each fast way of decoding against the plain one, and batches and speculation against one prompt after the other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_slow_paths_are_one_flag_away(tiny_checkpoint: Path, capsys, monkeypatch
 
 
 @torch.inference_mode()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_step_gives_the_plain_tokens(tmp_path: Path) -> None:
     make_hf_model(num_key_value_heads=2, num_hidden_layers=2).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
@@ -73,6 +75,13 @@ def test_a_compiled_step_gives_the_plain_tokens(tmp_path: Path) -> None:
     tokens = list(stream(model, PROMPTS[:2], Sampling(6, temperature=0), compile=True))
     expected = list(stream(model, PROMPTS[:2], Sampling(6, temperature=0)))
     assert torch.stack(tokens).tolist() == torch.stack(expected).tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton compiles")
+def test_compiling_without_a_compiler_is_refused(tiny_checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--compile: needs a C\+\+ compiler"):
+        load_script("generate/base.py").main(checkpoint_dir=tiny_checkpoint, prompt="Hi", compile=True)
 
 
 def test_prompts_of_other_lengths_do_not_change_a_row(folder: Path) -> None:
