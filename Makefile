@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OF_VENV := .venv/bin/python
 PIP := $(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench bench-gpu clean
 
 quickstart: .venv/.installed-quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
@@ -15,10 +15,21 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+bench: .venv/.installed-litgpt
+	$(PYTHON_OF_VENV) benchmarks/finetune.py $(ARGS)
+	$(PYTHON_OF_VENV) benchmarks/generate.py
+	$(PYTHON_OF_VENV) benchmarks/prepare.py $(ARGS)
+	$(PYTHON_OF_VENV) benchmarks/load.py
+	$(PYTHON_OF_VENV) benchmarks/report.py
+
+bench-gpu: .venv/.installed-litgpt
+	$(PYTHON_OF_VENV) benchmarks/random_model.py
+	$(PYTHON_OF_VENV) benchmarks/report.py
+
 # litgpt pins older versions of what it needs than those tested here; the installed ones do
-bench: .venv/.installed-benchmarks
+.venv/.installed-litgpt: .venv/.installed-benchmarks
 	$(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --no-deps litgpt==0.5.13
-	$(PYTHON_OF_VENV) benchmarks/finetune.py --results benchmarks/finetune.json $(ARGS)
+	touch $@
 
 .venv/.installed-%: setup.py constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -6,19 +6,17 @@ Each contender runs in a process of its own, once a round, so that a noisy machi
 shows medians and ratios. Peers that are not installed are left out, with a line that says so.
 """
 
-import importlib.util
+import importlib
 import json
 import random
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import ROOT, alternate, call, chosen, matmul_flops, median, ratios, save, synchronize, table
 
 from lit_llama import UserError
 from lit_llama.adapter import AdapterConfig, apply_adapter
@@ -27,11 +25,10 @@ from lit_llama.cli import run
 from lit_llama.distributed import peak_memory_bytes
 from lit_llama.generation import default_device
 from lit_llama.lora import LoRAConfig, apply_lora
+from lit_llama.quantize import FOR_TRAINING
 from lit_llama.run import Run
 from lit_llama.training import TrainArgs, make_optimizer, train_step
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = 4  # a micro-batch, and here an optimizer step
 IGNORED = -100
 
 
@@ -42,7 +39,8 @@ def main(
     steps: int = 12,
     max_seq_length: int = 256,
     contenders: tuple[str, ...] = (),
-    results: Path | None = None,
+    batch_size: int = 4,
+    result: str = "finetune",
     worker: str = "",
     data_dir: Path | None = None,
 ) -> None:
@@ -52,70 +50,54 @@ def main(
         checkpoint_dir: the model folder.
         source: JSON records of instruction, input and output.
         rounds: how often each contender runs.
-        steps: optimizer steps in a round, of 4 samples each; the first three are not counted.
+        steps: optimizer steps in a round; the first three are not counted.
         max_seq_length: longest sample in tokens.
         contenders: names of those to run, as a list; default: all that are installed.
-        results: JSON file for the figures, beside the table on stdout.
+        batch_size: samples a micro-batch, and here an optimizer step.
+        result: name of the file in benchmarks/results.
         worker: run this contender once; what the script calls itself with.
         data_dir: the prepared set of a worker.
     """
     if worker:
-        print(json.dumps(measure(worker, checkpoint_dir, data_dir, steps)))
+        print(json.dumps(measure(worker, checkpoint_dir, data_dir, steps, batch_size)))
         return
-    names = contenders or tuple(name for name, (package, _) in CONTENDERS.items() if importlib.util.find_spec(package))
-    for name in names:
-        if name not in CONTENDERS:
-            raise UserError(f"--contenders: no {name!r}. There are: {', '.join(CONTENDERS)}")
-    for name in CONTENDERS.keys() - set(names):
-        print(f"left out: {name}")
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    known = {name: package for name, (package, _) in CONTENDERS.items()}
+    if default_device().type == "cpu":
+        known.pop("lit-llama LoRA, fp8")  # no CPU computes in it
+    names = chosen(contenders, known)
     with tempfile.TemporaryDirectory() as folder:
         prepare = ["--source", source, "--checkpoint_dir", checkpoint_dir, "--data_dir", f"{folder}/data"]
         call("scripts/prepare_json.py", *prepare, "--val_size", 0, "--max_seq_length", max_seq_length)
+        flags = ["--checkpoint_dir", checkpoint_dir, "--data_dir", f"{folder}/data", "--steps", steps]
+        flags += ["--batch_size", batch_size]
         limit = matmul_flops()
-        for number in range(rounds):
-            for name in names:
-                flags = ["--checkpoint_dir", checkpoint_dir, "--data_dir", f"{folder}/data", "--steps", steps]
-                printed = call("benchmarks/finetune.py", "--worker", name, *flags)
-                figures[name].append(json.loads(printed.splitlines()[-1]))
-                print(f"round {number + 1}: {name} {figures[name][-1]}", flush=True)
+        figures = alternate(names, rounds, lambda name: call("benchmarks/finetune.py", "--worker", name, *flags))
     parameters = sum(p.numel() for p in empty_model(checkpoint_dir, torch.bfloat16).parameters())
-    print(table(figures, parameters, limit))
-    if results is not None:
-        results.write_text(json.dumps({"matmul_flops": limit, "figures": figures}, indent=2) + "\n", "utf-8")
-
-
-def table(figures: dict[str, list[dict[str, float]]], parameters: int, limit: float) -> str:
-    """Markdown: medians over the rounds, and how far each contender is from the matmul limit."""
-    lines = ["| contender | real tokens/s | of the matmul limit | peak memory |", "| --- | --- | --- | --- |"]
-    for name, rounds in figures.items():
-        speed = statistics.median(figure["tokens_per_second"] for figure in rounds)
-        memory = statistics.median(figure["peak_memory_bytes"] for figure in rounds)
+    rows = []
+    for name in figures:
+        speed, memory = median(figures, name, "tokens_per_second"), median(figures, name, "peak_memory_bytes")
         share = (6 if "full" in name else 4) * parameters * speed / limit  # FLOPs per parameter and token
-        lines.append(f"| {name} | {speed:.0f} | {share:.0%} | {memory / 1e9:.2f} GB |")
-    return "\n".join([*lines, f"\nmatmul limit: {limit / 1e9:.0f} GFLOP/s in bf16, measured"])
+        rows.append([name, f"{speed:,.0f}", f"{share:.0%}", f"{memory / 1e9:.2f} GB"])
+    methods = ("LoRA", "adapter", "full")
+    pairs = [(f"lit-llama {method}", f"{peer} {method}") for method in methods for peer in ("peft", "litgpt")]
+    pairs += [(f"lit-llama LoRA, {kind}", "lit-llama LoRA") for kind in ("nf4", "fp8")]
+    notes = ratios(figures, "tokens_per_second", pairs) + ratios(figures, "peak_memory_bytes", pairs)
+    notes.append(
+        f"matmul limit: {limit / 1e9:,.0f} GFLOP/s in bf16, measured; 4 FLOPs per parameter and token, full: 6"
+    )
+    setting = f"{checkpoint_dir.name}, {batch_size} samples a step cut at {max_seq_length} tokens, "
+    setting += f"{steps - 3} steps counted in each of {rounds} rounds; padding is not counted."
+    header = ["contender", "real tokens/s", "of the matmul limit", "peak memory"]
+    save(result, "Finetuning beside peers", setting, table(header, rows), notes, figures)
 
 
-def matmul_flops() -> float:
-    """FLOP/s of a large bf16 matmul on the device there is."""
-    size = 8192 if default_device().type == "cuda" else 2048
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=default_device()) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        started = time.perf_counter()
-        torch.mm(a, b)
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def measure(name: str, checkpoint_dir: Path, data_dir: Path, steps: int) -> dict[str, float]:
+def measure(name: str, checkpoint_dir: Path, data_dir: Path, steps: int, batch_size: int) -> dict[str, float]:
     """Tokens a second over all steps but the first three, and peak memory, of this process."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Run(Path(folder) / "out", checkpoint_dir, data_dir)
-        order = random.Random(0).sample(range(len(job.train_set)), steps * SAMPLES)
-        batches = [order[n : n + SAMPLES] for n in range(0, len(order), SAMPLES)]
+        quantize = next((kind for kind in FOR_TRAINING if kind in name), None)
+        job = Run(Path(folder) / "out", checkpoint_dir, data_dir, quantize=quantize)
+        order = random.Random(0).sample(range(len(job.train_set)), steps * batch_size)
+        batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
         step = CONTENDERS[name][1](job)
         tokens = 0
         for number, ids in enumerate(batches):
@@ -132,11 +114,6 @@ def measure(name: str, checkpoint_dir: Path, data_dir: Path, steps: int) -> dict
     return {"tokens_per_second": tokens / seconds, "peak_memory_bytes": memory}
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 Step = Callable[[int, list[int]], object]
 
 
@@ -150,7 +127,7 @@ def ours(method: str) -> Callable[[Run], Step]:
             "full": lambda model: model.requires_grad_(True),
         }[method]
         model = job.build(apply)
-        args = TrainArgs(batch_size=SAMPLES, micro_batch_tokens=10**6)
+        args = TrainArgs(micro_batch_tokens=10**6)
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         optimizer = job.fabric.setup_optimizers(make_optimizer(trained, args, lambda name: 1.0))
         return lambda number, ids: train_step(job, model.train(), trained, optimizer, args, number, ids)
@@ -240,17 +217,10 @@ def litgpt(method: str) -> Callable[[Run], Step]:
     return start
 
 
-def call(script: str, *flags: object) -> str:
-    """Run a script of the project and return what it printed. Raises UserError where it fails."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{script} ended with status {done.returncode}: {done.stderr[-800:]}")
-    return done.stdout
-
-
 CONTENDERS: dict[str, tuple[str, Callable[[Run], Step]]] = {
     "lit-llama LoRA": ("lit_llama", ours("lora")),
+    "lit-llama LoRA, nf4": ("lit_llama", ours("lora")),
+    "lit-llama LoRA, fp8": ("lit_llama", ours("lora")),
     "peft LoRA": ("peft", peft_lora),
     "litgpt LoRA": ("litgpt", litgpt("lora")),
     "lit-llama adapter": ("lit_llama", ours("adapter")),

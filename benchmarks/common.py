@@ -1,0 +1,133 @@
+"""What the benchmarks share: contenders in processes of their own, in alternation; the machine's limits; the results.
+
+A result is a JSON file in benchmarks/results, with the raw figures, from which `python benchmarks/report.py` makes
+RESULTS.md.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from lit_llama import UserError
+from lit_llama.generation import default_device
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+Figures = dict[str, list[dict[str, float]]]  # contender -> what it measured in each round
+
+
+def call(script: str, *flags: object) -> str:
+    """Run a script of the project and return what it printed. Raises UserError where it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{script} ended with status {done.returncode}: {done.stderr[-800:]}")
+    return done.stdout
+
+
+def alternate(names: Iterable[str], rounds: int, measure: Callable[[str], str]) -> Figures:
+    """Let each contender print its figures as JSON, one after the other, as often as `rounds` says."""
+    figures: Figures = {}
+    for number in range(rounds):
+        for name in names:
+            figures.setdefault(name, []).append(json.loads(measure(name).splitlines()[-1]))
+            print(f"round {number + 1}: {name} {figures[name][-1]}", flush=True)
+    return figures
+
+
+def median(figures: Figures, name: str, key: str) -> float:
+    return statistics.median(figure[key] for figure in figures[name])
+
+
+def ratios(figures: Figures, key: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each pair of contenders that both ran."""
+    return [
+        f"{one}: {median(figures, one, key) / median(figures, two, key):.2f} times the {key.replace('_', ' ')} of {two}"
+        for one, two in pairs
+        if one in figures and two in figures
+    ]
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def chosen(contenders: tuple[str, ...], known: dict[str, str]) -> tuple[str, ...]:
+    """The contenders asked for, by default all whose package (the dict's value) is there. Raises UserError."""
+    installed = {"lit_llama", *(d.metadata["Name"] for d in importlib.metadata.distributions())}
+    names = contenders or tuple(name for name, package in known.items() if package in installed)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--contenders: no {name!r}. There are: {', '.join(known)}")
+    for name in known.keys() - set(names):
+        print(f"left out: {name}")
+    return names
+
+
+def save(name: str, title: str, setting: str, table: str, notes: list[str], figures: object) -> None:
+    """Print the table, and write it with what its reader needs to benchmarks/results/NAME-cpu.json or -cuda.json."""
+    on_gpu = default_device().type == "cuda"
+    cores = f"{len(os.sched_getaffinity(0))} cores of a shared {platform.machine()} machine"
+    versions = {}
+    for package in ("torch", "peft", "transformers", "litgpt"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    result = {
+        "title": title,
+        "command": shlex.join(["python", *(Path(word).name if os.path.isabs(word) else word for word in sys.argv)]),
+        "setting": setting,
+        "device": torch.cuda.get_device_name() if on_gpu else cores,
+        "date": str(datetime.date.today()),
+        "versions": versions,
+        "table": table,
+        "notes": notes,
+        "figures": figures,
+    }
+    print("\n".join([table, "", *notes]))
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}-{'cuda' if on_gpu else 'cpu'}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def best_seconds(work: Callable[[], object], times: int = 10) -> float:
+    """The shortest of several runs."""
+    best = float("inf")
+    for _ in range(times):
+        synchronize()
+        started = time.perf_counter()
+        work()
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def matmul_flops() -> float:
+    """FLOP/s of a large bf16 matmul on the device there is."""
+    size = 8192 if default_device().type == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=default_device()) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: torch.mm(a, b))
+
+
+def bandwidth() -> float:
+    """Bytes a second that a sum over a large tensor reads."""
+    data = torch.ones(2**26 if default_device().type == "cpu" else 2**30, device=default_device())
+    return data.nbytes / best_seconds(data.sum)
