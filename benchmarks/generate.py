@@ -20,7 +20,7 @@ from lit_llama.checkpoint import empty_model
 from lit_llama.cli import run
 from lit_llama.decoding import prepare
 from lit_llama.distributed import peak_memory_bytes
-from lit_llama.generation import Sampling, default_device, loading_device, stream
+from lit_llama.generation import Sampling, default_device, stream
 
 
 def main(
@@ -91,7 +91,7 @@ def ours(quantize: str | None = None, compile: bool = False) -> Callable[[Path],
     """This project, as generate/base.py decodes."""
 
     def load(checkpoint_dir: Path) -> Decode:
-        model = load_model(checkpoint_dir, loading_device(quantize))
+        model = load_model(checkpoint_dir, torch.device("cpu") if quantize else default_device())
         prepare(model, default_device(), quantize, compile=compile)
 
         def decode(prompts: torch.Tensor, new: int) -> list[float]:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from lit_llama import Tokenizer, load_model
+import torch
+
+from lit_llama import LLaMA, Tokenizer, load_model
 from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, loading_device
+from lit_llama.generation import answer
 from lit_llama.methods import base_folder, training_template
 
 
@@ -25,11 +27,15 @@ def main(
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's.
         precision: bf16-true or 32-true.
     """
-    checkpoint_dir = checkpoint_dir or base_folder(adapter_path)
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
-    load_adapter(model, adapter_path)
-    answer(model, tokenizer, template or training_template(adapter_path) or "alpaca", **flags)
+
+    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
+        base = checkpoint_dir or base_folder(adapter_path)
+        tokenizer = Tokenizer(base)
+        model = load_model(base, device, inference_dtype(precision))
+        load_adapter(model, adapter_path)
+        return model, tokenizer, template or training_template(adapter_path) or "alpaca"
+
+    answer(load, **flags)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from lit_llama import Tokenizer, load_model
+import torch
+
+from lit_llama import LLaMA, Tokenizer, load_model
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, loading_device
+from lit_llama.generation import answer
 
 
 def main(
@@ -21,9 +23,13 @@ def main(
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: chat where there is one.
         precision: bf16-true or 32-true.
     """
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
-    answer(model, tokenizer, template or ("chat" if tokenizer.chat_template else "none"), **flags)
+
+    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
+        tokenizer = Tokenizer(checkpoint_dir)
+        model = load_model(checkpoint_dir, device, inference_dtype(precision))
+        return model, tokenizer, template or ("chat" if tokenizer.chat_template else "none")
+
+    answer(load, **flags)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from lit_llama import Tokenizer, load_model
+import torch
+
+from lit_llama import LLaMA, Tokenizer, load_model
 from lit_llama.checkpoint import checkpoint_template
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, loading_device
+from lit_llama.generation import answer
 
 
 def main(
@@ -22,9 +24,13 @@ def main(
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
         precision: bf16-true or 32-true.
     """
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
-    answer(model, tokenizer, template or checkpoint_template(checkpoint_dir) or "alpaca", **flags)
+
+    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
+        tokenizer = Tokenizer(checkpoint_dir)
+        model = load_model(checkpoint_dir, device, inference_dtype(precision))
+        return model, tokenizer, template or checkpoint_template(checkpoint_dir) or "alpaca"
+
+    answer(load, **flags)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from lit_llama import Tokenizer, load_model
+import torch
+
+from lit_llama import LLaMA, Tokenizer, load_model
 from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer, loading_device
+from lit_llama.generation import answer
 from lit_llama.lora import load_lora, merge_lora
 from lit_llama.methods import base_folder, training_template
 
@@ -26,14 +28,18 @@ def main(
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
         precision: bf16-true or 32-true.
     """
-    checkpoint_dir = checkpoint_dir or base_folder(lora_path)
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, loading_device(flags.get("quantize")), inference_dtype(precision))
-    load_lora(model, lora_path)
-    merge_lora(model)
-    if (lora_path / "adapter").is_dir():
-        load_adapter(model, lora_path / "adapter")
-    answer(model, tokenizer, template or training_template(lora_path) or "alpaca", **flags)
+
+    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
+        base = checkpoint_dir or base_folder(lora_path)
+        tokenizer = Tokenizer(base)
+        model = load_model(base, device, inference_dtype(precision))
+        load_lora(model, lora_path)
+        merge_lora(model)
+        if (lora_path / "adapter").is_dir():
+            load_adapter(model, lora_path / "adapter")
+        return model, tokenizer, template or training_template(lora_path) or "alpaca"
+
+    answer(load, **flags)
 
 
 if __name__ == "__main__":

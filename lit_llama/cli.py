@@ -36,7 +36,7 @@ def run(main: Callable) -> None:
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             _wait_for_first_process()
-        _fail(str(error))
+        _fail(str(error), 2 if str(error).startswith("--") else 1)
     except torch.OutOfMemoryError as error:
         _fail(
             f"GPU memory is used up, lower --train.micro_batch_tokens or --max_new_tokens ({str(error).split('.')[0]})"

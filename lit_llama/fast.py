@@ -45,7 +45,7 @@ class LinearCrossEntropySum(torch.autograd.Function):
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if of_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        grad_weight = None
         weight_dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             weight = weight.to(torch.get_autocast_dtype(weight.device.type))
@@ -63,7 +63,13 @@ class LinearCrossEntropySum(torch.autograd.Function):
             if of_hidden:
                 grad_hidden[rows : rows + chunk] = logits @ weight
             if of_weight:
-                grad_weight += logits.T @ x.to(logits.dtype)
+                part_of_weight = logits.T @ x.to(logits.dtype)
+                if len(labels) > chunk:  # summed in fp32
+                    grad_weight = part_of_weight.float() if grad_weight is None else grad_weight.add_(part_of_weight)
+                else:
+                    grad_weight = part_of_weight
+        if of_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_dtype
         return loss

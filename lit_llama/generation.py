@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from lit_llama.distributed import peak_memory_bytes
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, get_template, stop_ids
+from lit_llama.quantize import FOR_DECODING, quantization
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -219,9 +220,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def answer(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    template: str,
+    load: Callable[[torch.device], tuple[LLaMA, Tokenizer, str]],
     prompt: str | None = None,
     input: str = "",
     prompt_file: Path | None = None,
@@ -240,9 +239,8 @@ def answer(
     """Print answers on stdout, then seconds, tokens/s and memory on stderr.
 
     Args:
-        model: what answers, where `loading_device` says; it is of no other use afterwards.
-        tokenizer: the model's.
-        template: the prompt template, a name that `get_template` knows.
+        load: gives the model on that device, its tokenizer and the name of a prompt template that `get_template` knows;
+            called when the flags have been looked at. The model is of no other use afterwards.
         prompt: the instruction, or with --template none the text to go on from; the answer is printed as it comes.
         input: context for the instruction.
         prompt_file: a text file with a prompt in each line; prints a JSON line with prompt and answer for each.
@@ -262,19 +260,23 @@ def answer(
         raise UserError("--prompt, --prompt_file: give one of them")
     if batch_size < 1 or num_samples < 1:
         raise UserError("--batch_size, --num_samples: should be at least 1")
+    if quantize is not None:
+        quantization(quantize, FOR_DECODING)
     fast.enabled, device = fast_paths, default_device()
     if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile: needs a C++ compiler on the CPU, and g++ is not installed")
+    prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
+    settings = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    # what is to be quantized is loaded on the CPU, and goes to the GPU smaller
+    model, tokenizer, template = load(loading := device if quantize is None else torch.device("cpu"))
     how = get_template(template, tokenizer)
     ends = stop_ids(how, tokenizer, model.config.eos_token_id)
-    prompts = [prompt] if prompt_file is None else read_prompts(prompt_file)
     messages = ([{"role": "user", "content": text, "input": input}] for text in prompts)
     encoded = [torch.tensor(encode_prompt(how, tokenizer, message), dtype=torch.long) for message in messages]
-    settings = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prepare(model, device, quantize, fast_paths, compile)
     draft = None
     if draft_checkpoint_dir is not None:
-        draft = load_model(draft_checkpoint_dir, loading_device(quantize), model.embed_tokens.weight.dtype)
+        draft = load_model(draft_checkpoint_dir, loading, model.embed_tokens.weight.dtype)
         prepare(draft, device, quantize, fast_paths)
     for number in range(num_samples):
         started, count = time.perf_counter(), 0
@@ -324,11 +326,6 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield complete[len(done) :]
         done = complete
     yield text[len(done) :]
-
-
-def loading_device(quantize: str | None = None) -> torch.device:
-    """Where a model for `answer` is loaded: where it runs, or, to be quantized on its way there, on the CPU."""
-    return default_device() if quantize is None else torch.device("cpu")
 
 
 def default_device() -> torch.device:

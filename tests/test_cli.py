@@ -20,6 +20,7 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("benchmarks", "finetune", "generate", "scripts")
     for path in (ROOT / folder).glob("*.py")
+    if "def main(" in path.read_text("utf-8")
 )
 
 

@@ -282,7 +282,7 @@ def test_wrong_numbers_of_processes_are_one_line(tmp_path: Path, tiny_checkpoint
         (["--devices", "2"], {"WORLD_SIZE": "3"}, "--devices 2 --num_nodes 1: torchrun has started 3 processes"),
         (["--num_nodes", "2"], {}, "--num_nodes 2: on each node, set MASTER_ADDR"),
     ):
-        lines = finish(start(*flags, *more, **env), 1).splitlines()
+        lines = finish(start(*flags, *more, **env), 2).splitlines()
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
