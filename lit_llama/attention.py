@@ -16,7 +16,8 @@ class SampleLengths:
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths, self.longest, self.uniform = lengths, max(lengths), len(set(lengths)) == 1
         self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
-        self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
+        self.rows = rows.to(device, non_blocking=True)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
 

@@ -57,6 +57,8 @@ def make_fabric(
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: torchrun has started {started} processes")
     for name in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):  # our lines say as much
         logging.getLogger(name).setLevel(logging.WARNING)
+    # a trained weight's bf16 copy lives while it is needed, not until all layers are through
+    torch.set_autocast_cache_enabled(False)
     strategy = "auto"
     if world_size > 1:
         strategy = ModelParallelStrategy(parallelize, world_size, 1, timeout=TIMEOUT)

@@ -78,8 +78,9 @@ class LinearCrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
-        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        # in place: there is no second way back, which would find them changed and say so
+        grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad)
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
 
 
@@ -129,11 +130,14 @@ class LikeSamples:
 
     def __init__(self, length: int, starts: list[int], lengths: list[int]) -> None:
         self.length = length
-        place = torch.arange(length)
-        real = place < torch.tensor(lengths)[:, None]  # (samples, length)
-        tokens = torch.tensor(starts)[:, None] + place.minimum(torch.tensor(lengths)[:, None] - 1)
-        self.tokens, self.real = tokens.flatten(), real.flatten().nonzero().flatten()
-        self.padding = (~real).flatten().nonzero().flatten()
+        last = [start + count - 1 for start, count in zip(starts, lengths, strict=True)]
+        tokens = [[min(start + n, end) for n in range(length)] for start, end in zip(starts, last, strict=True)]
+        self.tokens = torch.tensor(tokens).flatten()
+        rows = [n < count for count in lengths for n in range(length)]
+        self.real, self.padding = (
+            torch.tensor([row for row, real in enumerate(rows) if real is wanted], dtype=torch.long)
+            for wanted in (True, False)
+        )
         self.places = self.tokens[self.real]
 
     def take(self, x: Tensor, heads: int = 0, padding_is_zero: bool = False) -> Tensor:

@@ -1,0 +1,129 @@
+"""The estimate beside what torch's own profiler counts in a real step."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script, make_hf_model
+
+from lit_llama import cli, load_model
+from lit_llama.adapter import AdapterConfig, apply_adapter, apply_adapter_v2
+from lit_llama.dropout import token_rows
+from lit_llama.lora import LoRAConfig, apply_lora
+
+SCRIPT = "scripts/estimate_memory.py"
+TOKENS = 120
+
+
+def estimate(monkeypatch, capsys, *flags: object) -> dict[str, float]:
+    """Bytes by what they are for."""
+    import lit_llama.dropout
+    import lit_llama.fast
+    import lit_llama.model
+
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, flags)])
+    monkeypatch.setattr(lit_llama.model, "causal_attention", lit_llama.model.causal_attention)  # put back afterwards
+    caches = (lit_llama.dropout._keep_table, lit_llama.fast._causal_mask)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        cli.run(load_script(SCRIPT).main)
+    finally:
+        for cache in caches:  # what they hold now has no memory
+            cache.cache_clear()
+    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    return {name.strip(): float(size) * 1e9 for name, size, _ in lines}
+
+
+def allocated_at_most(trace: Path) -> int:
+    """Bytes above those at the start of a profiled block, from the profiler's own events."""
+    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    totals = [event["Total Allocated"] for event in events]
+    return max(totals) - (totals[0] - events[0]["Bytes"])
+
+
+METHODS = {
+    "lora": lambda model: apply_lora(model, LoRAConfig()),
+    "adapter": lambda model: apply_adapter(model, AdapterConfig()),
+    "adapter_v2": lambda model: apply_adapter_v2(model, AdapterConfig()),
+    "full": lambda model: model.float().requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_activations_are_what_the_profiler_counts(
+    method: str, precision: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    make_hf_model(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=6, max_position_embeddings=256
+    ).save_pretrained(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--method", method, "--precision", precision, "--device", "cpu"]
+    sizes = estimate(monkeypatch, capsys, *flags, "--micro_batch_tokens", 16 * TOKENS, "--sample_tokens", TOKENS)
+
+    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+    model = load_model(tmp_path / "model", dtype=dtype).train()
+    METHODS[method](model)
+    lengths, count = [TOKENS] * 16, 16 * TOKENS
+    ids = torch.zeros(count, dtype=torch.long)
+
+    def step() -> None:
+        autocast = nullcontext()
+        if precision == "bf16-mixed":
+            autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with token_rows(0, 0, list(range(16)), lengths, torch.device("cpu")):
+            with autocast:
+                loss = model(input_ids=ids, lengths=lengths, positions=torch.arange(count), labels=ids)
+            loss.backward()
+
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    measured = allocated_at_most(tmp_path / "trace.json")
+    assert sizes["activations"] == pytest.approx(measured, rel=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sizes["gradients"] == pytest.approx(sum(p.grad.nbytes for p in trained), abs=1e6)
+    assert sizes["weights"] == pytest.approx(sum(p.nbytes for p in model.parameters()), abs=1e6)
+    adamw = torch.optim.AdamW(trained)
+    adamw.step()
+    state = sum(t.nbytes for values in adamw.state.values() for t in values.values() if t.dim())
+    assert sizes["optimizer"] == pytest.approx(state, abs=1e6)
+    assert sizes["total"] == pytest.approx(sum(sizes.values()) - sizes["total"], abs=1e7)
+
+
+def test_what_saves_memory(monkeypatch, capsys) -> None:
+    """What is known of a 7B from its shapes, and the direction of each flag."""
+    plain = estimate(monkeypatch, capsys)
+    assert plain["weights"] == pytest.approx(2 * 6_738_415_616 + 4 * 4_194_304, abs=1e6)
+    assert plain["gradients"] == pytest.approx(4 * 4_194_304, abs=1e6)
+    nf4 = estimate(monkeypatch, capsys, "--quantize", "nf4")
+    # 4.25 bits for each weight but the head's and the embedding's, of 16
+    assert nf4["weights"] == pytest.approx(6_476_005_376 * 4.25 / 8 + 2 * 262_410_240, rel=0.01)
+    recomputed = estimate(monkeypatch, capsys, "--activation_checkpointing", "true")
+    assert recomputed["activations"] < plain["activations"] / 4
+    full = [estimate(monkeypatch, capsys, "--method", "full", "--devices", n) for n in (1, 4)]
+    assert full[0]["optimizer"] == pytest.approx(8 * 6_738_415_616, rel=1e-3)
+    assert full[1]["optimizer"] == pytest.approx(2 * 6_738_415_616, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "prefix"], "--method prefix: unknown. Known: lora, adapter, adapter_v2, full"),
+        (["--device", "tpu"], "--device tpu: unknown. Known: cuda, cpu"),
+        (["--devices", "0"], "--devices, --micro_batch_tokens, --sample_tokens: should be at least 1"),
+        (["--precision", "16"], "--precision 16: unknown"),
+        (["--model", "8B"], "'8B'"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    with pytest.raises(SystemExit):
+        cli.run(load_script(SCRIPT).main)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
