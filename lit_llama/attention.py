@@ -22,8 +22,8 @@ class SampleLengths:
         self.cu_seqlens = ends.to(device, non_blocking=True)  # (samples + 1,): where each sample starts and ends
 
     @cached_property
-    def like(self) -> list[fast.LikeSamples]:
-        return fast.like_samples(self.lengths)
+    def like(self) -> fast.LikeSamples:
+        return fast.LikeSamples(self.lengths)
 
     def split(self, x: Tensor) -> Tensor:
         """(tokens, heads, head_dim) of samples of one length -> (samples, heads, seq, head_dim)."""

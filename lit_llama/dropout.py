@@ -28,16 +28,17 @@ def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
     if p == 0.0:
         return x
     mask = token_mask(p, name, x)
-    return F.dropout(x, p) if mask is None else mask(x) * (1 / (1 - p))
+    return F.dropout(x, p) if mask is None else x * mask() * (1 / (1 - p))
 
 
-def token_mask(p: float, name: str, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Multiplication by `token_dropout`'s mask, of zeros and ones, for x's shape; None outside `token_rows`."""
+def token_mask(p: float, name: str, x: Tensor) -> Callable[[], Tensor] | None:
+    """What gives `token_dropout`'s mask, of zeros and ones, for x's shape and dtype; None outside `token_rows`."""
     if _rows is None:
         return None
     rows = _rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
     rows = (rows + zlib.crc32(name.encode())) % ROWS
-    return lambda t: t * _keep_table(p, x.size(-1), t.dtype, t.device)[rows]
+    table = _keep_table(p, x.size(-1), x.dtype, x.device)
+    return lambda: table.index_select(0, rows)
 
 
 @contextmanager

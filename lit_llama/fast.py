@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -89,36 +89,39 @@ class ShortAttention(torch.autograd.Function):
     kernel, which is slow on its way back.
 
     Query and result are (tokens, heads, head_dim), key and value (tokens, key/value heads, head_dim). Samples of a like
-    length, up to the next multiple of 32, are one matmul, in which the query heads that share a key head are one
-    matrix; so the matmuls' shapes, for each of which oneDNN makes a kernel, are few.
+    length are one matmul, in which the query heads that share a key head are one matrix.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, groups: list["LikeSamples"]) -> Tensor:
-        result, kept = torch.empty_like(query), []
-        for group in groups:
-            q, k, v = group.take(query, key.size(1)), group.take(key), group.take(value)
-            probabilities = group.probabilities(q, k)
-            group.put(result, probabilities @ v)
-            kept.append(probabilities if group.length <= KEEP and any(ctx.needs_input_grad) else None)
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, like: "LikeSamples") -> Tensor:
+        shared, kept = query.size(1) // key.size(1), []
+        q, k, v = like.take(query), like.take(key), like.take(value)
+        attended = torch.empty_like(q)
+        for length, *parts in like.groups(shared, (q, attended), (k, v)):
+            q_part, into, k_part, v_part = parts
+            probabilities = attention_probabilities(q_part, k_part)
+            torch.bmm(probabilities, v_part, out=into)
+            kept.append(probabilities if length <= KEEP and any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.groups = groups
-        return result
+        ctx.like = like
+        return like.put(attended, query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        for group, p in zip(ctx.groups, kept, strict=True):
-            q, k, v = group.take(query, key.size(1)), group.take(key), group.take(value)
-            p = group.probabilities(q, k) if p is None else p
-            grad_result = group.take(grad, key.size(1), padding_is_zero=True)
-            grad_scores = torch._softmax_backward_data(grad_result @ v.mT, p, -1, p.dtype)
+        like, shared = ctx.like, query.size(1) // key.size(1)
+        q, k, v, grad_result = like.take(query), like.take(key), like.take(value), like.take(grad, padding_is_zero=True)
+        grad_q, grad_k, grad_v = (torch.empty_like(rows) for rows in (q, k, v))
+        groups = like.groups(shared, (q, grad_result, grad_q), (k, v, grad_k, grad_v))
+        for p, (_, q, grad_attended, into_q, k, v, into_k, into_v) in zip(kept, groups, strict=True):
+            p = attention_probabilities(q, k) if p is None else p
+            torch.bmm(p.mT, grad_attended, out=into_v)
+            grad_scores = torch._softmax_backward_data(grad_attended @ v.mT, p, -1, p.dtype)
             grad_scores.mul_(1 / math.sqrt(q.size(-1)))
-            for total, part in zip(grads, (grad_scores @ k, grad_scores.mT @ q, p.mT @ grad_result), strict=True):
-                group.put(total, part)
-        return *grads, None
+            torch.bmm(grad_scores, k, out=into_q)
+            torch.bmm(grad_scores.mT, q, out=into_k)
+        return like.put(grad_q, query.shape), like.put(grad_k, key.shape), like.put(grad_v, value.shape), None
 
 
 SHORT = 512  # tokens up to which ShortAttention is the faster one
@@ -126,52 +129,66 @@ KEEP = 256  # tokens up to which its probabilities are kept for the way back, ra
 
 
 class LikeSamples:
-    """Samples whose lengths round up to `length`, and where in the row of all tokens theirs lie."""
+    """The samples of a row of tokens, in groups whose lengths round up to the same multiple of 32: so there are few
+    shapes of matmuls, for each of which oneDNN makes a kernel.
 
-    def __init__(self, length: int, starts: list[int], lengths: list[int]) -> None:
-        self.length = length
-        last = [start + count - 1 for start, count in zip(starts, lengths, strict=True)]
-        tokens = [[min(start + n, end) for n in range(length)] for start, end in zip(starts, last, strict=True)]
-        self.tokens = torch.tensor(tokens).flatten()
-        rows = [n < count for count in lengths for n in range(length)]
-        self.real, self.padding = (
-            torch.tensor([row for row, real in enumerate(rows) if real is wanted], dtype=torch.long)
-            for wanted in (True, False)
-        )
-        self.places = self.tokens[self.real]
+    `take` lays them out as (samples, heads, length) rows, group after group; padding repeats a sample's last token.
+    """
 
-    def take(self, x: Tensor, heads: int = 0, padding_is_zero: bool = False) -> Tensor:
-        """(tokens, n, head_dim) -> (samples * heads, n / heads * length, head_dim); padding repeats the last token."""
-        heads = heads or x.size(1)
-        rows = x.index_select(0, self.tokens)
-        if padding_is_zero:
-            rows.index_fill_(0, self.padding, 0)
-        rows = rows.view(-1, self.length, heads, x.size(1) // heads, x.size(2)).permute(0, 2, 3, 1, 4)
-        return rows.reshape(rows.size(0) * heads, -1, x.size(2))
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.starts = lengths, [0, *accumulate(lengths)]
+        self.members: dict[int, list[int]] = {}  # rounded length -> samples
+        for sample, length in enumerate(lengths):
+            self.members.setdefault(-(-length // 32) * 32, []).append(sample)
+        self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def put(self, into: Tensor, x: Tensor) -> None:
-        """The other way: what `take` gave for real tokens goes to their places."""
-        count, shape = into.size(1), into.shape[1:]
-        samples = len(self.tokens) // self.length
-        rows = x.view(samples, -1, count * samples // x.size(0), self.length, x.size(2)).permute(0, 3, 1, 2, 4)
-        rows = rows.reshape(-1, *shape).index_select(0, self.real)
-        into.index_copy_(0, self.places, rows)
+    def rows_of(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of the (tokens * heads) rows of x each of `take` is; where each of x went; which are padding."""
+        if heads not in self.rows:
+            source, padding, first, head = [], [], 0, torch.arange(heads)[:, None]
+            target = [torch.empty(0)] * len(self.lengths)
+            for length, members in self.members.items():
+                for sample in members:
+                    place, real = torch.arange(length), self.lengths[sample]
+                    rows = first + head * length + place  # (heads, length)
+                    source.append((self.starts[sample] + place.clamp(max=real - 1)) * heads + head)
+                    target[sample] = rows[:, :real].T
+                    padding.append(rows[:, real:])
+                    first += heads * length
+            self.rows[heads] = tuple(torch.cat([t.flatten() for t in part]) for part in (source, target, padding))
+        return self.rows[heads]
 
-    def probabilities(self, query: Tensor, key: Tensor) -> Tensor:
-        """(n, groups * length, head_dim), (n, length, head_dim) -> (n, groups * length, length). No real token looks
-        at padding, which comes after it."""
-        mask = _causal_mask(self.length, query.size(1) // self.length, query.dtype)
-        return torch.baddbmm(mask, query, key.mT, alpha=1 / math.sqrt(query.size(-1))).softmax(-1)
+    def take(self, x: Tensor, padding_is_zero: bool = False) -> Tensor:
+        """(tokens, heads, head_dim) -> (rows, head_dim)."""
+        source, _, padding = self.rows_of(x.size(1))
+        rows = x.reshape(-1, x.size(2)).index_select(0, source)
+        return rows.index_fill_(0, padding, 0) if padding_is_zero and len(padding) else rows
+
+    def put(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """The other way, to x's shape."""
+        return rows.index_select(0, self.rows_of(shape[1])[1]).view(shape)
+
+    def groups(self, shared: int, of_query: tuple[Tensor, ...], of_key: tuple[Tensor, ...]) -> Iterator[tuple]:
+        """Each group's length and its part of the rows, one matrix for each key head of a sample: of queries, of which
+        `shared` heads go with a key head, (samples * key heads, shared * length, head_dim); of keys (., length, .)."""
+        first, key_heads = 0, len(of_key[0]) // sum(length * len(ids) for length, ids in self.members.items())
+        for length, members in self.members.items():
+            count = len(members) * length * key_heads
+            views = [
+                t[first * shared : (first + count) * shared].view(-1, shared * length, t.size(1)) for t in of_query
+            ]
+            views += [t[first : first + count].view(-1, length, t.size(1)) for t in of_key]
+            yield length, *views
+            first += count
 
 
-def like_samples(lengths: list[int]) -> list[LikeSamples]:
-    """All samples, in groups of lengths that round up to the same multiple of 32."""
-    starts = [0, *accumulate(lengths)]
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(-(-length // 32) * 32, []).append(index)
-    pick = lambda values, indices: [values[index] for index in indices]  # noqa: E731
-    return [LikeSamples(length, pick(starts, ids), pick(lengths, ids)) for length, ids in groups.items()]
+def attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """(n, shared * length, head_dim), (n, length, head_dim) -> (n, shared * length, length).
+
+    No real token looks at padding, which comes after it.
+    """
+    mask = _causal_mask(key.size(1), query.size(1) // key.size(1), query.dtype)
+    return torch.baddbmm(mask, query, key.mT, alpha=1 / math.sqrt(query.size(-1))).softmax(-1)
 
 
 @lru_cache(maxsize=64)
@@ -236,18 +253,18 @@ class Rotate(torch.autograd.Function):
 
 
 class AddLowRank(torch.autograd.Function):
-    """y + scaling * B A drop(x), into y itself: y (tokens, out), x (tokens, in), a (r, in), b (out, r), one dtype.
+    """y + scaling * B A (x * mask), into y itself: y (tokens, out), x (tokens, in), a (r, in), b (out, r), one dtype.
 
-    `drop` multiplies by a mask, or is None. Nothing is kept but x and the (tokens, r) product in the middle.
+    `mask` gives a factor for x, or is None. Nothing is kept but x and the (tokens, r) product in the middle.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, drop: Callable | None
+        ctx: FunctionCtx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Callable[[], Tensor] | None
     ) -> Tensor:
-        low_rank = F.linear(x if drop is None else drop(x), a).mul_(scaling)
+        low_rank = F.linear(x if mask is None else x * mask(), a).mul_(scaling)
         ctx.save_for_backward(x, a, b, low_rank)
-        ctx.scaling, ctx.drop = scaling, drop
+        ctx.scaling, ctx.mask = scaling, mask
         ctx.mark_dirty(y)
         return y.addmm_(low_rank, b.T)
 
@@ -257,10 +274,10 @@ class AddLowRank(torch.autograd.Function):
         x, a, b, low_rank = ctx.saved_tensors
         grad_b = (low_rank.T @ grad).T  # the faster way round
         grad_low_rank = (grad @ b).mul_(ctx.scaling)
-        dropped = x if ctx.drop is None else ctx.drop(x)
-        grad_a = grad_low_rank.T @ dropped
+        mask = None if ctx.mask is None else ctx.mask()
+        grad_a = grad_low_rank.T @ (x if mask is None else x * mask)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = grad_low_rank @ a
-            grad_x = grad_x if ctx.drop is None else ctx.drop(grad_x)
+            grad_x = grad_x if mask is None else grad_x.mul_(mask)
         return grad, grad_x, grad_a, grad_b, None, None

@@ -103,11 +103,12 @@ class LoRALinear(nn.Module):
         drops = self.training and self.dropout > 0
         y = self.base(x)
         if fast.enabled and x.dim() == 2 and self.lora_magnitude_vector is None and torch.is_grad_enabled():
-            drop = token_mask(self.dropout, self.name, x) if drops else None
-            if drop is not None or not drops:
+            x = x.to(y.dtype)
+            mask = token_mask(self.dropout, self.name, x) if drops else None
+            if mask is not None or not drops:
                 a, b = self.lora_A.weight.to(y.dtype), self.lora_B.weight.to(y.dtype)
                 scaling = self.scaling / (1 - self.dropout) if drops else self.scaling
-                return fast.AddLowRank.apply(y, x.to(y.dtype), a, b, scaling, drop)
+                return fast.AddLowRank.apply(y, x, a, b, scaling, mask)
         update = recompute(self.update, x, preserve_rng_state=drops)
         if self.lora_magnitude_vector is None:
             return y + update

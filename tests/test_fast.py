@@ -14,12 +14,12 @@ from lit_llama.adapter import AdapterConfig
 from lit_llama.dropout import token_dropout, token_mask, token_rows
 from lit_llama.fast import (
     AddLowRank,
+    LikeSamples,
     LinearCrossEntropySum,
     RMSNormKeepingInput,
     Rotate,
     ShortAttention,
     SwiGLU,
-    like_samples,
 )
 from lit_llama.model import rotate
 from lit_llama.training import TrainArgs
@@ -65,7 +65,7 @@ def test_attention(kv_heads: int, lengths: list[int]) -> None:
     """Several samples of like lengths; longer and shorter than what keeps its probabilities."""
     tokens = sum(lengths)
     query, key, value = (random(tokens, heads, 8, seed=heads) for heads in (6, kv_heads, kv_heads))
-    ours = ShortAttention.apply(query, key, value, like_samples(lengths))
+    ours = ShortAttention.apply(query, key, value, LikeSamples(lengths))
     parts = zip(*(t.transpose(0, 1)[None].split(lengths, dim=2) for t in (query, key, value)), strict=True)
     plain = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0] for part in parts]
     plain = torch.cat(plain, dim=1).transpose(0, 1)
