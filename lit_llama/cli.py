@@ -51,6 +51,8 @@ def run(main: Callable) -> None:
         _fail("another process of this run has ended, and so does this one. Go on with --resume")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+    finally:
+        _flags = ""
 
 
 def _wait_for_first_process(seconds: float = 10) -> None:

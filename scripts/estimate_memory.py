@@ -52,9 +52,9 @@ def main(
         devices: over how many devices all parameters are sharded.
         precision: as in finetune/*.py.
         quantize: as in finetune/*.py.
-        micro_batch_tokens: --train.micro_batch_tokens.
+        micro_batch_tokens: as --train.micro_batch_tokens of finetune/*.py.
         sample_tokens: tokens of a typical sample; what attention keeps depends on it on the CPU.
-        activation_checkpointing: --train.activation_checkpointing.
+        activation_checkpointing: as --train.activation_checkpointing of finetune/*.py.
         lora: of the method lora.
         adapter: of the methods adapter and adapter_v2.
         device: cuda or cpu.

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))  # as Python does for `python scripts/...`
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]  # as Python does for `python scripts/...`
 
 
 def load_script(name: str) -> ModuleType:
