@@ -127,7 +127,7 @@ def ours(method: str) -> Callable[[Run], Step]:
             "full": lambda model: model.requires_grad_(True),
         }[method]
         model = job.build(apply)
-        args = TrainArgs(micro_batch_tokens=10**6)
+        args = TrainArgs(micro_batch_tokens=10**6, max_grad_norm=0)  # the peers below do not scale gradients either
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         optimizer = job.fabric.setup_optimizers(make_optimizer(trained, args, lambda name: 1.0))
         return lambda number, ids: train_step(job, model.train(), trained, optimizer, args, number, ids)

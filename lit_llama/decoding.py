@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_llama.attention import KVCache
 from lit_llama.methods import base_linears, replace_module
-from lit_llama.model import Attention, LLaMA, Rope, apply_rope
+from lit_llama.model import MLP, Attention, LLaMA, Rope, apply_rope, swiglu
 from lit_llama.quantize import FOR_DECODING, Int8Linear, quantization
 
 
@@ -31,16 +31,33 @@ class FusedAttention(Attention):
         self.index, self.head_dim, self.o_proj = base.index, base.head_dim, base.o_proj
         parts = (base.q_proj, base.k_proj, base.v_proj)
         self.heads = [part.out_features // self.head_dim for part in parts]
-        with torch.device("meta"):
-            self.qkv_proj = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts))
-        self.qkv_proj.weight = frozen(torch.cat([part.weight for part in parts]))
-        self.qkv_proj.bias = None if parts[0].bias is None else frozen(torch.cat([part.bias for part in parts]))
+        self.qkv_proj = join(*parts)
 
     def project(self, hidden_states: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         rotated, value = heads.split((self.heads[0] + self.heads[1], self.heads[2]), dim=-2)
         query, key = apply_rope(rotated, rope).split(self.heads[:2], dim=-2)
         return query, key, value
+
+
+class FusedMLP(nn.Module):
+    """SwiGLU whose gate and up projections are one."""
+
+    def __init__(self, base: MLP) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = join(base.gate_proj, base.up_proj), base.down_proj
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(swiglu(*self.gate_up_proj(hidden_states).chunk(2, dim=-1)))
+
+
+def join(*layers: nn.Linear) -> nn.Linear:
+    """One layer that gives what these give, end to end."""
+    with torch.device("meta"):
+        joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers))
+    joined.weight = frozen(torch.cat([layer.weight for layer in layers]))
+    joined.bias = None if layers[0].bias is None else frozen(torch.cat([layer.bias for layer in layers]))
+    return joined
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -57,19 +74,18 @@ def prepare(
         model: on the CPU or on `device` already; it can only decode from then on.
         device: where to.
         quantize: int8 or int4 for the linear layers; with int4 the head is int8. Raises UserError for another one.
-        fast_paths: pack bf16 weights on the CPU, and make one of the projections of query, key and value.
+        fast_paths: pack bf16 weights on the CPU; make one projection of query, key and value, and of gate and up.
         compile: whether torch.compile will do the packing.
     """
     linears = set(base_linears(model).values())
-    for layer in model.layers:
-        attention = layer.self_attn
-        if (
-            fast_paths
-            and type(attention) is Attention
-            and all(type(part) is nn.Linear for part in (attention.q_proj, attention.k_proj, attention.v_proj))
-        ):
+    for layer in model.layers if fast_paths else ():
+        attention, mlp = layer.self_attn, layer.mlp
+        if type(attention) is Attention and are_plain(attention.q_proj, attention.k_proj, attention.v_proj):
             layer.self_attn = FusedAttention(attention)
             linears.add(layer.self_attn.qkv_proj)
+        if are_plain(mlp.gate_proj, mlp.up_proj):
+            layer.mlp = FusedMLP(mlp)
+            linears.add(layer.mlp.gate_up_proj)
     kind = None if quantize is None else quantization(quantize, FOR_DECODING)
     packs = fast_paths and not compile and device.type == "cpu" and can_pack(model.embed_tokens.weight.dtype)
     if model.lm_head is None and (kind or packs):  # a tied head gets a form of its own
@@ -88,6 +104,11 @@ def prepare(
         else:
             module.weight, module.bias = frozen(weight), None if bias is None else frozen(bias)
     model.to(device)
+
+
+def are_plain(*layers: nn.Module) -> bool:
+    """Whether no method is at work in any of them."""
+    return all(type(layer) is nn.Linear for layer in layers)
 
 
 def can_pack(dtype: torch.dtype) -> bool:

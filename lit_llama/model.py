@@ -78,7 +78,9 @@ class LLaMA(nn.Module):
         """(labels, hidden), (labels,) -> scalar. A chunk's logits live only while it is computed, forward or back."""
         if fast.enabled and (self.lm_head is None or type(self.lm_head) is nn.Linear):
             weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-            return fast.LinearCrossEntropySum.apply(hidden_states, weight, labels, LOSS_CHUNK)
+            # where the weight trains, its gradient is as large as that many rows of logits, and best made in one piece
+            chunk = max(LOSS_CHUNK, weight.size(1)) if weight.requires_grad else LOSS_CHUNK
+            return fast.LinearCrossEntropySum.apply(hidden_states, weight, labels, chunk)
         chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
         loss_of = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")  # noqa: E731
         return torch.stack([recompute(loss_of, *chunk) for chunk in chunks]).sum()

@@ -269,9 +269,8 @@ def train_step(
         losses.append((ids, loss.detach()))
         del loss  # it holds what was kept for the backward pass
     total = fabric.all_reduce(torch.stack([loss for _, loss in losses]).sum(), reduce_op="sum")
-    norm = nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    loss, grad_norm = torch.stack([total, norm]).tolist()
+    norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+    loss, grad_norm = torch.stack([total, norm.full_tensor() if isinstance(norm, DTensor) else norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         bad = [index for ids, part in losses if not torch.isfinite(part) for index in ids]
         bad = [index for rank in range(fabric.world_size) for index in fabric.broadcast(bad, src=rank)]
@@ -279,6 +278,8 @@ def train_step(
             f"step {step + 1}: loss {loss} and gradient norm {grad_norm} are not finite; stopped before this step "
             f"changed anything. Lower --train.learning_rate and resume, or look at samples {bad or sample_ids} of train"
         )
+    if 0 < args.max_grad_norm < grad_norm:
+        nn.utils.clip_grads_with_norm_(trained.values(), args.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm

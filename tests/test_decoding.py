@@ -51,7 +51,7 @@ def test_fused_projections_and_static_steps_give_the_plain_logits(folder: Path, 
 def test_packed_layers_give_the_plain_logits(folder: Path) -> None:
     plain, packed = (load_model(folder) for _ in range(2))
     prepare(packed, CPU)
-    assert type(packed.layers[0].mlp.up_proj) is type(packed.lm_head) is PackedLinear
+    assert type(packed.layers[0].mlp.gate_up_proj) is type(packed.lm_head) is PackedLinear
     torch.testing.assert_close(logits_of(packed, PROMPTS[3]), logits_of(plain, PROMPTS[3]), atol=0.02, rtol=0)  # bf16
 
 
