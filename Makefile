@@ -20,6 +20,7 @@ bench: .venv/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/generate.py
 	$(PYTHON_OF_VENV) benchmarks/prepare.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/load.py
+	$(PYTHON_OF_VENV) benchmarks/flags.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/report.py
 
 bench-gpu: .venv/.installed-litgpt

@@ -10,6 +10,7 @@ from lit_llama.cli import run
 SECTIONS = {
     "finetune": "Finetuning beside peers",
     "generate": "Decoding beside peers",
+    "flags": "What the flags cost and buy",
     "prepare": "Preparing data, and what its amount costs",
     "load": "Loading",
 }

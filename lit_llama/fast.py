@@ -52,7 +52,9 @@ class LinearCrossEntropySum(torch.autograd.Function):
         for rows in range(0, len(labels), chunk):
             x, y = hidden_states[rows : rows + chunk], labels[rows : rows + chunk, None]
             logits = F.linear(x, weight)
-            part = 16 if logits.device.type == "cpu" else 256  # rows in fp32 at a time; on the CPU, its cache holds them
+            part = (
+                16 if logits.device.type == "cpu" else 256
+            )  # rows in fp32 at a time; on the CPU, its cache holds them
             for some, labels_of_some in zip(logits.split(part), y.split(part), strict=True):
                 log_probabilities = some.float().log_softmax(-1)
                 loss -= log_probabilities.gather(1, labels_of_some).sum()

@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
+import pytest
 import report
+from conftest import ROOT, load_script
 
 from lit_llama import UserError
 
@@ -83,3 +81,12 @@ def test_workers(script: str, worker: str, more: list[str], tiny_data: Path, tin
     figures = json.loads(done.stdout.splitlines()[-1])
     assert all(value > 0 for value in figures.values())
     assert len(figures) in (2, 3)
+
+
+def test_flags(tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    runs = ("lora --train.micro_batch_tokens 512",)
+    load_script("benchmarks/flags.py").main(tiny_checkpoint, records_file, steps=2, batch_size=4, runs=runs)
+    (figures,) = json.loads((tmp_path / "flags-cpu.json").read_text())["figures"].values()
+    assert figures["tokens_per_second"] > 0
+    assert 0.5 < figures["estimated_bytes"] / figures["peak_memory_bytes"] < 2
