@@ -1,6 +1,6 @@
 """What each flag of finetune/*.py costs and buys: tokens/s and peak memory, beside scripts/estimate_memory.py.
 
-make bench
+`make bench` runs it.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """How long a model takes from its folder to its first logits, beside transformers.
 
-make bench
+`make bench` runs it.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What the amount of data costs: preparing 52,000 records, and finetuning from a small and a large prepared set.
 
-make bench
+`make bench` runs it.
 """
 
 import json

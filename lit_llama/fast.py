@@ -49,12 +49,11 @@ class LinearCrossEntropySum(torch.autograd.Function):
         weight_dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        # rows in fp32 at a time: on the CPU, as many as its cache holds
+        part = 16 if hidden_states.device.type == "cpu" else 256
         for rows in range(0, len(labels), chunk):
             x, y = hidden_states[rows : rows + chunk], labels[rows : rows + chunk, None]
             logits = F.linear(x, weight)
-            part = (
-                16 if logits.device.type == "cpu" else 256
-            )  # rows in fp32 at a time; on the CPU, its cache holds them
             for some, labels_of_some in zip(logits.split(part), y.split(part), strict=True):
                 log_probabilities = some.float().log_softmax(-1)
                 loss -= log_probabilities.gather(1, labels_of_some).sum()
@@ -98,8 +97,7 @@ class ShortAttention(torch.autograd.Function):
         shared, kept = query.size(1) // key.size(1), []
         q, k, v = like.take(query), like.take(key), like.take(value)
         attended = torch.empty_like(q)
-        for length, *parts in like.groups(shared, (q, attended), (k, v)):
-            q_part, into, k_part, v_part = parts
+        for length, q_part, into, k_part, v_part in like.groups(shared, (q, attended), (k, v)):
             probabilities = attention_probabilities(q_part, k_part)
             torch.bmm(probabilities, v_part, out=into)
             kept.append(probabilities if length <= KEEP and any(ctx.needs_input_grad) else None)

@@ -3,6 +3,8 @@
 Each keeps what it needs of W (out_features, in_features) in buffers and computes y = x W^T + bias; gradients reach x.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ NF4_VALUES = (
 NF4_BLOCK = 64  # weights that share a scale
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """What the kinds below have in common. `dtype`, that of the weight it is made from, is what it computes in."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -28,9 +30,9 @@ class QuantizedLinear(nn.Module):
         (self.out_features, self.in_features), self.dtype = weight.shape, weight.dtype
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """W again, (out_features, in_features) in `dtype`."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
