@@ -16,16 +16,20 @@ from lit_llama.training import TrainArgs, fit
 def main(
     out_dir: Path = Path("out/full/alpaca"),
     train: TrainArgs = TrainArgs(learning_rate=3e-5),
+    precision: str = "bf16-mixed",
     **flags,
 ) -> None:
     """Finetune all weights of a LLaMA on a prepared set. Guide: howto/finetune_full.md
 
+    Example:
+        python finetune/full.py --config finetune/configs/full-7b-4-devices.yaml
+
     Args:
         out_dir: where the model folder, metrics.csv and checkpoints go.
         train: the recipe.
+        precision: bf16-mixed (fp32 weights train), bf16-true (bf16 ones train) or 32-true.
     """
-    precision = flags.get("precision", "bf16-mixed")
-    job = Run(out_dir=out_dir, **flags)
+    job = Run(out_dir=out_dir, precision=precision, **flags)
 
     def apply(model: LLaMA) -> None:
         model.requires_grad_(True)

@@ -22,10 +22,14 @@ def main(
 ) -> None:
     """Finetune a LLaMA with LoRA on a prepared set. Guide: howto/finetune_lora.md
 
+    Example:
+        python finetune/lora.py --config finetune/configs/lora-7b-24gb.yaml
+        python finetune/lora.py --lora.targets all-linear --lora.r 16 --devices 4
+
     Args:
         out_dir: where the LoRA, metrics.csv and checkpoints go.
         lora: the method.
-        adapter: a LLaMA-Adapter beside it, as in --adapter.prompt_length 10; default: none.
+        adapter: a LLaMA-Adapter beside it, if one of these flags is given.
         train: the recipe.
     """
     job = Run(out_dir=out_dir, **flags)

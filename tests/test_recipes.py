@@ -1,0 +1,76 @@
+"""Each recipe of finetune/configs is a call of the script that it names, and takes the memory that it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, load_script
+from test_estimate_memory import estimate
+
+from lit_llama.flags import WrongCall, read
+from lit_llama.run_folder import flatten
+
+RECIPES = sorted((ROOT / "finetune/configs").glob("*.yaml"))
+ESTIMATE, PREPARE = "scripts/estimate_memory.py", "scripts/prepare_alpaca.py"
+
+
+def commands(recipe: Path) -> dict[str, list[str]]:
+    """The commands in a recipe's comment: script -> its flags."""
+    found = re.findall(r"^#     python (\S+)(.*)$", recipe.read_text("utf-8"), re.MULTILINE)
+    return {script: shlex.split(flags) for script, flags in found}
+
+
+def called(script: str, words: list[str]) -> dict:
+    return read(load_script(script).main, words)[0]
+
+
+def test_there_are_recipes() -> None:
+    names = "full-7b-4-devices llama-3.2-1b lora-70b-8-devices lora-7b-24gb qlora-7b-12gb smollm2-laptop"
+    assert [recipe.stem for recipe in RECIPES] == names.split()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_is_what_its_comment_says(recipe: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    prepare, script, estimates = commands(recipe)
+    assert (prepare, estimates) == (PREPARE, ESTIMATE)
+    words = commands(recipe)[script]
+    assert words == ["--config", str(recipe.relative_to(ROOT))]
+    run, default = called(script, words), called(script, [])
+    prepared, estimated = called(PREPARE, commands(recipe)[PREPARE]), called(ESTIMATE, commands(recipe)[ESTIMATE])
+    assert (run["checkpoint_dir"], run["data_dir"]) == (prepared["checkpoint_dir"], prepared["data_dir"])
+    assert script == f"finetune/{estimated['method']}.py"
+    assert run.get("lora", estimated["lora"]) == estimated["lora"]
+    assert run["train"].micro_batch_tokens == estimated["micro_batch_tokens"]
+    assert run["train"].activation_checkpointing == estimated["activation_checkpointing"]
+    for name in ("devices", "precision", "quantize"):
+        assert run[name] == estimated[name]
+    for name in flatten(yaml.safe_load(recipe.read_text("utf-8"))):  # only what differs from the defaults
+        group, _, leaf = name.rpartition(".")
+        values = [getattr(each[group], leaf) if group else each[name] for each in (run, default)]
+        assert values[0] != values[1] or name in ("checkpoint_dir", "data_dir"), name
+    assert called(script, [*words, "--seed", "7", "--out_dir", "elsewhere"])["out_dir"] == Path("elsewhere")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_takes_the_memory_that_it_says(recipe: Path, monkeypatch, capsys) -> None:
+    text = recipe.read_text("utf-8")
+    sizes = estimate(monkeypatch, capsys, *commands(recipe)[ESTIMATE])
+    total = sizes["total"]
+    if "Python and torch" in sizes:  # is that of this process, and as different as processes are
+        total = sum(sizes[name] for name in ("weights", "gradients", "optimizer", "activations"))
+    assert re.search(r"Memory.*: (\S+) GB", text)[1] == f"{total / 1e9:.3f}"
+    room = float(re.search(r"of (\d+) GB", text)[1])
+    assert total < 0.9e9 * room
+
+
+def test_a_key_that_is_no_flag_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    main = load_script("finetune/lora.py").main
+    for wrong, right in (("train.epoch", "train.epochs"), ("lora.target", "lora.targets"), ("device", "devices")):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(f"{RECIPES[0].read_text('utf-8')}\n{wrong}: 3\n", "utf-8")
+        with pytest.raises(WrongCall) as error:
+            read(main, ["--config", str(file)])
+        assert str(error.value) == f"{file}: {wrong}: no such flag. Did you mean {right}? (--help lists all)"
