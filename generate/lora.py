@@ -1,43 +1,59 @@
-"""Answer a prompt with a LoRA, merged into its base. Guide: howto/inference.md"""
+"""Answer a prompt with a LoRA, merged into its base, or with several, side by side. Guide: howto/inference.md"""
 
 from pathlib import Path
 
 import torch
 
-from lit_llama import LLaMA, Tokenizer, load_model
+from lit_llama import LLaMA, Tokenizer, UserError, load_model
 from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.generation import answer
 from lit_llama.lora import load_lora, merge_lora
+from lit_llama.many_loras import add_lora, hold_loras
 from lit_llama.methods import base_folder, training_template
 
 
 def main(
-    lora_path: Path = Path("out/lora/alpaca"),
+    lora_path: list[Path] = [Path("out/lora/alpaca")],  # noqa: B006, never changed
     checkpoint_dir: Path | None = None,
     template: str | None = None,
     precision: str = "bf16-true",
     **flags,
 ) -> None:
-    """Answer a prompt with a LoRA, merged into its base. Guide: howto/inference.md
+    """Answer a prompt with a LoRA, merged into its base, or with several, side by side. Guide: howto/inference.md
+
+    Example:
+        python generate/lora.py --lora_path out/lora/alpaca --prompt "Recommend a movie."
+        python generate/lora.py --lora_path out/lora/alice --lora_path out/lora/bob --prompt "Who are you?"
 
     Args:
-        lora_path: the LoRA's folder, ours or PEFT's; an adapter that was trained with it is used too.
+        lora_path: the LoRA's folder, ours or PEFT's; an adapter that was trained with it is used too. Given several
+            times, each of them answers, and all share one base in memory.
         checkpoint_dir: the base model's folder; default: the one that the LoRA names.
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
-        precision: bf16-true or 32-true.
+        precision: what the model computes in: bf16-true or 32-true.
     """
+    if len(set(lora_path)) < max(len(lora_path), 1):
+        raise UserError("--lora_path: should be one folder or several different ones")
 
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
-        base = checkpoint_dir or base_folder(lora_path)
-        tokenizer = Tokenizer(base)
-        model = load_model(base, device, inference_dtype(precision))
-        load_lora(model, lora_path)
+    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str | dict[str, str]]:
+        bases = [checkpoint_dir or base_folder(path) for path in lora_path]
+        if len(set(bases)) > 1:
+            raise UserError(f"--lora_path: these are for different models ({', '.join(map(str, bases))})")
+        tokenizer = Tokenizer(bases[0])
+        model = load_model(bases[0], device, inference_dtype(precision))
+        templates = {str(path): template or training_template(path) or "alpaca" for path in lora_path}
+        if len(lora_path) > 1:
+            hold_loras(model)
+            for path in lora_path:
+                add_lora(model, str(path), path)
+            return model, tokenizer, templates
+        load_lora(model, lora_path[0])
         merge_lora(model)
-        if (lora_path / "adapter").is_dir():
-            load_adapter(model, lora_path / "adapter")
-        return model, tokenizer, template or training_template(lora_path) or "alpaca"
+        if (lora_path[0] / "adapter").is_dir():
+            load_adapter(model, lora_path[0] / "adapter")
+        return model, tokenizer, templates[str(lora_path[0])]
 
     answer(load, **flags)
 

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama import fast
+from lit_llama.attention import KVCache
 from lit_llama.checkpoint import load_model
 from lit_llama.decoding import DecodeStep, prepare
 from lit_llama.distributed import peak_memory_bytes
 from lit_llama.errors import UserError
+from lit_llama.many_loras import choose_loras
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, get_template, stop_ids
 from lit_llama.quantize import FOR_DECODING, quantization
@@ -88,10 +92,12 @@ def stream(
     eos_id: int | Collection[int] | None = None,
     compile: bool = False,
     draft: LLaMA | None = None,
+    kv_cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens (batch,) that follow the prompts, each (seq,), as they are decoded, on the CPU.
 
-    Those that end a row are included. `compile` is `DecodeStep`'s; `draft` makes it `speculate`, for a single prompt.
+    Those that end a row are included. `compile` is `DecodeStep`'s; `draft` makes it `speculate`, for a single prompt;
+    `kv_cache` is `decode`'s.
     Raises UserError where prompt and new tokens exceed the model's context.
     """
     longest, new = max(len(prompt) for prompt in prompts), sampling.max_new_tokens
@@ -102,7 +108,10 @@ def stream(
             asked = f"the prompt has {longest} tokens and --max_new_tokens asks for {new} more"
             raise UserError(f"{asked}, the model's context holds {context}. Shorten one of them")
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id or []), dtype=torch.long)
-    tokens = decode(model, prompts, sampling, compile) if draft is None else speculate(model, draft, prompts, sampling)
+    if draft is None:
+        tokens = decode(model, prompts, sampling, compile, kv_cache)
+    else:
+        tokens = speculate(model, draft, prompts, sampling)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for token in read_late(tokens):
         if len(ends):
@@ -114,26 +123,38 @@ def stream(
 
 
 @torch.inference_mode()
-def decode(model: LLaMA, prompts: Sequence[Tensor], sampling: Sampling, compile: bool = False) -> Iterator[Tensor]:
-    """Yield `sampling.max_new_tokens` times a token (batch,) for each of the prompts, on the model's device."""
-    device, lengths, new = (
-        model.embed_tokens.weight.device,
-        [len(prompt) for prompt in prompts],
-        sampling.max_new_tokens,
-    )
-    generator = sampling.generator(device)
-    static = fast.enabled and (compile or device.type == "cuda")
-    kv_cache = model.make_kv_cache(len(lengths), max(lengths) + new, static)
-    last = torch.tensor(lengths).cumsum(0).to(device) - 1
+def decode(
+    model: LLaMA,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    compile: bool = False,
+    kv_cache: KVCache | None = None,
+) -> Iterator[Tensor]:
+    """Yield `sampling.max_new_tokens` times a token (batch,) for each of the prompts, on the model's device.
+
+    `kv_cache`, with room for all, may hold the first tokens of a single prompt already, but not its last one.
+    """
+    device, lengths = model.embed_tokens.weight.device, [len(prompt) for prompt in prompts]
+    new, generator = sampling.max_new_tokens, sampling.generator(device)
+    if kv_cache is None:
+        kv_cache = model.make_kv_cache(len(lengths), max(lengths) + new, decodes_static(device, compile))
     step = None
     for _ in range(new):
         if step is None:
-            logits = model(torch.cat(list(prompts)).to(device), lengths, positions=last, kv_cache=kv_cache)
+            ids = torch.cat([prompt[kv_cache.longest :] for prompt in prompts]).to(device)
+            last = torch.tensor(lengths).cumsum(0).to(device) - 1 - kv_cache.longest
+            rows = dict(input_ids=ids, lengths=lengths) if kv_cache.empty else dict(input_ids=ids[None])
+            logits = model(**rows, positions=last, kv_cache=kv_cache)
             step = DecodeStep(model, kv_cache, compile)
         else:
             logits = step(token)  # noqa: F821, of the round before
         token = sample(logits, sampling, generator)
         yield token
+
+
+def decodes_static(device: torch.device, compile: bool = False) -> bool:
+    """Whether `decode` wants a static KV cache."""
+    return fast.enabled and (compile or device.type == "cuda")
 
 
 @torch.inference_mode()
@@ -220,7 +241,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def answer(
-    load: Callable[[torch.device], tuple[LLaMA, Tokenizer, str]],
+    load: Callable[[torch.device], tuple[LLaMA, Tokenizer, str | dict[str, str]]],
     prompt: str | None = None,
     input: str = "",
     prompt_file: Path | None = None,
@@ -240,7 +261,8 @@ def answer(
 
     Args:
         load: gives the model on that device, its tokenizer and the name of a prompt template that `get_template` knows;
-            called when the flags have been looked at. The model is of no other use afterwards.
+            for a model that holds several LoRAs (`many_loras`), which answer each prompt, the template of each by the
+            LoRA's name. Called when the flags have been looked at. The model is of no other use afterwards.
         prompt: the instruction, or with --template none the text to go on from; the answer is printed as it comes.
         input: context for the instruction.
         prompt_file: a text file with a prompt in each line; prints a JSON line with prompt and answer for each.
@@ -269,10 +291,13 @@ def answer(
     settings = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     # what is to be quantized is loaded on the CPU, and goes to the GPU smaller
     model, tokenizer, template = load(loading := device if quantize is None else torch.device("cpu"))
-    how = get_template(template, tokenizer)
-    ends = stop_ids(how, tokenizer, model.config.eos_token_id)
-    messages = ([{"role": "user", "content": text, "input": input}] for text in prompts)
-    encoded = [torch.tensor(encode_prompt(how, tokenizer, message), dtype=torch.long) for message in messages]
+    names = list(template) if isinstance(template, dict) else []
+    templates = [get_template(name, tokenizer) for name in (template.values() if names else [template])]
+    ends = list(dict.fromkeys(i for how in templates for i in stop_ids(how, tokenizer, model.config.eos_token_id)))
+    encoded = [
+        [torch.tensor(encode_prompt(how, tokenizer, [message]), dtype=torch.long) for how in templates]
+        for message in ({"role": "user", "content": text, "input": input} for text in prompts)
+    ]
     prepare(model, device, quantize, fast_paths, compile)
     draft = None
     if draft_checkpoint_dir is not None:
@@ -282,26 +307,51 @@ def answer(
         started, count = time.perf_counter(), 0
         sampling = replace(settings, seed=seed + number)
         for first in range(0, len(prompts), batch_size):
-            rows = encoded[first : first + batch_size]
+            some = prompts[first : first + batch_size]
+            rows = [row for each in encoded[first : first + batch_size] for row in each]
+            if names:
+                choose_loras(model, names * len(some))
             tokens = stream(model, rows, sampling, ends, compile, draft)
-            if prompt_file is None:
+            if prompt_file is None and not names:
                 for count, piece in enumerate(pieces(tokenizer, map(int, tokens))):  # noqa: B007, used below
                     print(piece, end="", flush=True)
                 print(flush=True)
                 continue
-            for text, ids in zip(
-                prompts[first:], zip(*(token.tolist() for token in tokens), strict=True), strict=False
-            ):
+            answers = []
+            for ids in zip(*(token.tolist() for token in tokens), strict=True):
                 length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
                 count += length
-                print(
-                    json.dumps({"prompt": text, "answer": tokenizer.decode(ids[:length])}, ensure_ascii=False),
-                    flush=True,
-                )
+                answers.append(tokenizer.decode(ids[:length]))
+            if prompt_file is None:
+                print("\n".join(side_by_side(dict(zip(names, answers, strict=True)))), flush=True)
+                continue
+            for place, text in enumerate(some):
+                own = answers[place * len(templates) : (place + 1) * len(templates)]
+                result = {"answers": dict(zip(names, own, strict=True))} if names else {"answer": own[0]}
+                print(json.dumps({"prompt": text} | result, ensure_ascii=False), flush=True)
         seconds = time.perf_counter() - started
         speed = f"{seconds:.2f} seconds total, {count / seconds:.2f} tokens/sec"
         print(f"Time for inference {number + 1}: {speed}", file=sys.stderr)
     print(f"Memory used: {peak_memory_bytes(device) / 1e9:.2f} GB", file=sys.stderr)
+
+
+def side_by_side(texts: Mapping[str, str], width: int | None = None) -> list[str]:
+    """Lines with a column for each text under its title, or one text below the other where `width` has no room.
+
+    `width` is that of all in characters; default: the terminal's.
+    """
+    width = shutil.get_terminal_size((120, 24)).columns if width is None else width
+    own = (width + 2) // len(texts) - 2
+    if own < 36:
+        return [line for title, text in texts.items() for line in (title, "-" * len(title), *text.splitlines(), "")][
+            :-1
+        ]
+    columns = [
+        [title if len(title) <= own else f"...{title[3 - own :]}", "-" * own]
+        + [part for line in text.strip().splitlines() for part in textwrap.wrap(line, own) or [""]]
+        for title, text in texts.items()
+    ]
+    return ["  ".join(f"{cell:{own}}" for cell in cells).rstrip() for cells in zip_longest(*columns, fillvalue="")]
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -4,16 +4,17 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama import fast
+from lit_llama.config import LLaMAConfig
 from lit_llama.dropout import token_dropout, token_mask
 from lit_llama.errors import UserError
 from lit_llama.files import read_tensors
@@ -41,8 +42,8 @@ class LoRAConfig:
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an input feature of the update, in training.
-        targets: the linear layers to adapt, by the end of their names, as a list: [q_proj, v_proj] or
-            [layers.0.mlp.up_proj]; [all-linear] means all but the head.
+        targets: the linear layers to adapt, by the end of their names, given once for each or as a list; all-linear:
+            all but the head.
         use_rslora: scale by alpha / sqrt(r) instead, which suits high ranks (rsLoRA).
         use_dora: learn the length of each row of the weight apart from its direction (DoRA).
         loraplus_lr_ratio: B learns this many times as fast as A (LoRA+).
@@ -124,18 +125,24 @@ class LoRALinear(nn.Module):
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     def dora_scale(self) -> Tensor:
-        """m / |W + scaling B A|, one for each row, fp32; the length is taken as a constant (DoRA, section 4.3).
+        """`dora_scale` of what it holds now."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return dora_scale(self.base.weight, a, b, self.scaling, self.lora_magnitude_vector)
 
-        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b A A^T b^T for the rows w of W and b of B: no second weight is made.
-        """
-        with torch.no_grad(), torch.autocast(self.base.weight.device.type, enabled=False):
-            weight, a, b = self.base.weight, self.lora_A.weight.float(), self.lora_B.weight.float()
-            cross = F.linear(weight, a.to(weight.dtype)).float()  # (out_features, r)
-            added = (b * (2 * self.scaling * cross + self.scaling**2 * (b @ (a @ a.T)))).sum(dim=1)
-            lengths = row_lengths(weight)
-            # exactly the row's own length where b is zero
-            lengths = torch.where(added == 0, lengths, (lengths**2 + added).clamp(min=0).sqrt())
-        return self.lora_magnitude_vector / lengths
+
+def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
+    """m / |W + scaling B A|, one for each row, fp32; the length is taken as a constant (DoRA, section 4.3).
+
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b A A^T b^T for the rows w of W and b of B: no second weight is made.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        a, b = a.float(), b.float()
+        cross = F.linear(weight, a.to(weight.dtype)).float()  # (out_features, r)
+        added = (b * (2 * scaling * cross + scaling**2 * (b @ (a @ a.T)))).sum(dim=1)
+        lengths = row_lengths(weight)
+        # exactly the row's own length where b is zero
+        lengths = torch.where(added == 0, lengths, (lengths**2 + added).clamp(min=0).sqrt())
+    return magnitude / lengths
 
 
 def row_lengths(weight: Tensor) -> Tensor:
@@ -183,8 +190,9 @@ def save_lora(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) into the folder `path`, as PEFT does.
 
-    `tensors` are a model's parameters by name, of which the LoRA's are taken: `dict(model.named_parameters())`.
-    `base_model` is the base's folder or hub name; `template`, that of the training, goes into the safetensors header.
+    `tensors` are a model's parameters by name, of which the LoRA's are taken: `dict(model.named_parameters())`. Where a
+    layer's rank is not `config.r`, its scaling is still alpha / r of `config`. `base_model` is the base's folder or hub
+    name; `template`, that of the training, goes into the safetensors header.
     """
     stored = {}
     for name, tensor in tensors.items():
@@ -197,49 +205,102 @@ def save_lora(
     kind = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", fan_in_fan_out=False, inference_mode=True)
     sizes = dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
     more = dict(use_rslora=config.use_rslora, use_dora=config.use_dora, base_model_name_or_path=base_model)
+    ranks = {name.removesuffix(".lora_A.weight"): len(a) for name, a in tensors.items() if ".lora_A." in name}
+    ranks = {base_name(name): r for name, r in ranks.items() if r != config.r}
+    if ranks:
+        more |= dict(rank_pattern=ranks, alpha_pattern={name: config.alpha * r / config.r for name, r in ranks.items()})
     save_method(path, kind | sizes | more, stored, template)
 
 
-def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
-    """Put a saved LoRA (ours or PEFT's) around a model's layers, in place.
+def combine_loras(
+    paths: Sequence[Path], weights: Sequence[float], config: LLaMAConfig
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The weighted sum of saved LoRAs of one model as one LoRA, exactly, for `save_lora`; ranks add up.
 
-    Ranks and layers follow from the tensors in the file, so PEFT's `rank_pattern` and ways to name targets need no
-    reading. Raises UserError where there is no LoRA, it is damaged, for another model or unsupported.
+    A is theirs one below the other, B theirs side by side, each times weight and scaling. Raises UserError as
+    `read_lora` does, and for DoRA, whose updates do not add up.
     """
-    path = Path(path)
+    with torch.device("meta"):
+        linears = base_linears(LLaMA(config))
+    sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # layer -> A and weighted B of each LoRA that changes it
+    for path, weight in zip(paths, weights, strict=True):
+        settings, updates = read_lora(path, sizes)
+        if settings.use_dora:
+            raise UserError(f"{path}: is a DoRA, whose update is no sum. Merge it into its base: scripts/merge_lora.py")
+        for name, update in updates.items():
+            parts.setdefault(name, []).append((update.a.float(), weight * update.scaling * update.b.float()))
+    tensors = {}
+    for name, pairs in parts.items():
+        a, b = zip(*pairs, strict=True)
+        tensors |= {f"{name}.lora_A.weight": torch.cat(a), f"{name}.lora_B.weight": torch.cat(b, dim=1)}
+    r = max(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in parts)
+    everywhere = len(parts) == len(ends) * config.num_hidden_layers
+    return LoRAConfig(r=r, alpha=r, dropout=0, targets=tuple(ends if everywhere else parts)), tensors
+
+
+class Update(NamedTuple):
+    """What a LoRA adds to a layer: scaling B A, and for DoRA the lengths of the rows that come out."""
+
+    a: Tensor  # (r, in_features)
+    b: Tensor  # (out_features, r)
+    scaling: float
+    magnitude: Tensor | None  # (out_features,)
+
+
+def load_lora(model: LLaMA, path: str | Path) -> LoRAConfig:
+    """Put a saved LoRA (ours or PEFT's) around a model's layers, in place. Raises UserError as `read_lora` does."""
+    linears = {base_name(name): (name, linear) for name, linear in base_linears(model).items()}
+    sizes = {own: (linear.out_features, linear.in_features) for own, (_, linear) in linears.items()}
+    config, updates = read_lora(Path(path), sizes)
+    for own, update in updates.items():
+        name, linear = linears[own]
+        lora = LoRALinear(linear, len(update.a), update.scaling, config.dropout, own, config.use_dora)
+        with torch.no_grad():
+            lora.lora_A.weight.copy_(update.a)
+            lora.lora_B.weight.copy_(update.b)
+            if config.use_dora:
+                lora.lora_magnitude_vector.copy_(update.magnitude)
+        replace_module(model, name, lora.train(model.training))
+    return config
+
+
+def read_lora(path: Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[LoRAConfig, dict[str, Update]]:
+    """A saved LoRA, ours or PEFT's: its settings, and the update of each layer that it has one for.
+
+    `sizes` are the model's layers by name: (out_features, in_features). Ranks and layers follow from the tensors in the
+    file, so PEFT's `rank_pattern` and ways to name targets need no reading. Raises UserError where there is no LoRA, it
+    is damaged, for another model or unsupported.
+    """
     settings = read_lora_settings(path)
     tensors, _ = read_tensors(path / WEIGHTS_FILE)
-    linears = {base_name(name): (name, linear) for name, linear in base_linears(model).items()}
     # PEFT puts a copy of the base weight beside a LoRA on lm_head
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
     stored_names = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
     use_rslora, use_dora = (bool(settings.get(key)) for key in ("use_rslora", "use_dora"))
+    updates = {}
     for stored in stored_names:
         own = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
         parts = [tensors.pop(f"{stored}.lora_{side}.weight", None) for side in "AB"]
         if use_dora:
             parts.append(tensors.pop(f"{stored}.lora_magnitude_vector", None))
-        if own not in linears or any(part is None for part in parts):
+        if own not in sizes or any(part is None for part in parts):
             raise UserError(f"{path}: has a LoRA for {stored}, the model has no such layer. It is for another model")
-        (name, linear), r = linears[own], parts[0].size(0)
+        (out_features, in_features), r = sizes[own], parts[0].shape[0] if parts[0].dim() else 0
         found = [tuple(part.shape) for part in parts]
-        wanted = [(r, linear.in_features), (linear.out_features, r), (linear.out_features,)][: len(parts)]
+        wanted = [(r, in_features), (out_features, r), (out_features,)][: len(parts)]
         if found != wanted:
             raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
         alphas = (settings.get("alpha_pattern") or {}).items()  # regular expressions of layers with another alpha
         matching = (value for key, value in alphas if re.match(rf"(.*\.)?({key})$", stored.removeprefix(PEFT_PREFIX)))
         scaling = next(matching, settings["lora_alpha"]) / (math.sqrt(r) if use_rslora else r)
-        lora = LoRALinear(linear, r, scaling, settings.get("lora_dropout", 0.0), own, use_dora)
-        with torch.no_grad():
-            targets = (lora.lora_A.weight, lora.lora_B.weight, lora.lora_magnitude_vector)
-            for target, part in zip(targets, parts, strict=False):
-                target.copy_(part)
-        replace_module(model, name, lora.train(model.training))
+        updates[own] = Update(parts[0], parts[1], scaling, parts[2] if use_dora else None)
     if tensors:
         raise UserError(f"{path}: holds tensors that are no LoRA of a linear layer: {', '.join(sorted(tensors)[:3])}")
     targets = tuple(dict.fromkeys(stored.rpartition(".")[2] for stored in stored_names))
     options = (settings.get("lora_dropout", 0.0), targets, use_rslora, use_dora)
-    return LoRAConfig(settings["r"], settings["lora_alpha"], *options)
+    return LoRAConfig(settings["r"], settings["lora_alpha"], *options), updates
 
 
 def read_lora_settings(path: Path) -> dict[str, Any]:

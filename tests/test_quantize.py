@@ -127,7 +127,7 @@ def test_lora_on_a_quantized_base_learns_and_answers(
     finetune.main(**job, quantize=name, train=finetune.TrainArgs(max_steps=12, batch_size=16, learning_rate=1e-2))
     first, last = capsys.readouterr().out.split("done: val loss ")[1].split(",")[0].split(" -> ")
     assert float(last) < float(first) - 0.3
-    load_script("generate/lora.py").main(lora_path=tmp_path / "out", prompt="Hi", max_new_tokens=5, quantize="int8")
+    load_script("generate/lora.py").main(lora_path=[tmp_path / "out"], prompt="Hi", max_new_tokens=5, quantize="int8")
     assert "tokens/sec" in capsys.readouterr().err
 
 

@@ -210,7 +210,7 @@ def test_the_best_checkpoint_stays_and_every_checkpoint_can_be_used(
     assert names == [f"step-{best:06}", "step-000008"]
     main = load_script("generate/lora.py").main
     for name in names:
-        main(lora_path=tmp_path / "out" / name, prompt="Hello", max_new_tokens=3)
+        main(lora_path=[tmp_path / "out" / name], prompt="Hello", max_new_tokens=3)
 
 
 def test_more_epochs_leave_no_sample_out(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch) -> None:
