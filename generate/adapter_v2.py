@@ -25,7 +25,7 @@ def main(
         adapter_path: the adapter's folder.
         checkpoint_dir: the base model's folder; default: the one that the adapter names.
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's.
-        precision: bf16-true or 32-true.
+        precision: what the model computes in: bf16-true or 32-true.
     """
 
     def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:

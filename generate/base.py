@@ -21,7 +21,7 @@ def main(
     Args:
         checkpoint_dir: the model folder.
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: chat where there is one.
-        precision: bf16-true or 32-true.
+        precision: what the model computes in: bf16-true or 32-true.
     """
 
     def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:

@@ -22,7 +22,7 @@ def main(
     Args:
         checkpoint_dir: the folder that finetune/full.py wrote.
         template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
-        precision: bf16-true or 32-true.
+        precision: what the model computes in: bf16-true or 32-true.
     """
 
     def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
