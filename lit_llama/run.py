@@ -13,6 +13,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.data import open_prepared, pack, share
 from lit_llama.distributed import PRECISIONS, make_fabric, shard
 from lit_llama.errors import UserError
+from lit_llama.loggers import check_logger
 from lit_llama.model import LLaMA
 from lit_llama.quantize import FOR_TRAINING, quantization
 from lit_llama.run_folder import check_flags, data_sha256
@@ -32,6 +33,7 @@ class Run:
         seed: of everything random: the method's start, the samples' order, dropout.
         resume: go on from the newest checkpoint in out_dir.
         quantize: nf4 (4 bits: QLoRA, least memory) or fp8 (fastest on recent GPUs) for frozen weights; one device.
+        logger: tensorboard, wandb or mlflow: where metrics go beside metrics.csv.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Run:
         seed: int = 1337,
         resume: bool = False,
         quantize: str | None = None,
+        logger: str | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
@@ -62,6 +65,8 @@ class Run:
         # all processes look before any of them can write: that takes until they have met in make_fabric
         if not resume and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
+        if logger is not None:
+            check_logger(logger)
 
         def parallelize(model: LLaMA, mesh: DeviceMesh) -> LLaMA:
             shard(model, mesh)
@@ -70,7 +75,7 @@ class Run:
 
         self.fabric = make_fabric(devices, num_nodes, precision, parallelize)
         self.checkpoint_dir, self.out_dir, self.seed, self.resume = checkpoint_dir, out_dir, seed, resume
-        self.quantize, self.weight_dtype = quantize, PRECISIONS[precision]
+        self.quantize, self.weight_dtype, self.logger = quantize, PRECISIONS[precision], logger
         torch.manual_seed(seed)
 
     def pack(self, sample_ids: Iterable[int], lengths: list[int], micro_batch_tokens: int) -> list[list[int]]:

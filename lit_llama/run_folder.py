@@ -21,7 +21,7 @@ from lit_llama.files import cut_into_files, open_safetensors, replacing, save_te
 
 METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_second,peak_memory_bytes"
 FREE_FLAGS = re.compile(
-    r"checkpoint_dir|data_dir|out_dir|devices|num_nodes|resume|config|train\.(epochs|max_steps|micro_batch_tokens|"
+    r"checkpoint_dir|data_dir|out_dir|devices|num_nodes|resume|config|logger|train\.(epochs|max_steps|micro_batch_tokens|"
     r"learning_rate|schedule|warmup_.*|weight_decay|beta.|max_grad_norm|eval_.*|save_.*|keep_last|log_interval|"
     r"activation_checkpointing|fast_paths)"
 )

@@ -30,12 +30,12 @@ from lit_llama.distributed import (
 from lit_llama.dropout import token_rows
 from lit_llama.errors import UserError
 from lit_llama.files import replacing
+from lit_llama.loggers import recording
 from lit_llama.model import recompute
 from lit_llama.quantize import QuantizedLinear
 from lit_llama.run import Run
 from lit_llama.run_folder import (
     Progress,
-    add_metrics,
     checkpoints,
     load_state,
     prune,
@@ -60,16 +60,16 @@ class TrainArgs:
         fast_paths: use the faster forms of lit_llama/fast.py; false: the plain ones that they equal.
         epochs: passes over the training set.
         max_steps: stop after that many steps, whatever epochs says.
-        learning_rate: at its peak.
+        learning_rate: the learning rate at its peak.
         schedule: after the warm-up: cosine (to zero) or constant.
         warmup_steps: the learning rate rises over these; at most half of a short run.
         warmup_epochs: the same in passes over the training set; takes the place of warmup_steps.
-        weight_decay: of AdamW.
-        beta1: of AdamW.
-        beta2: of AdamW.
+        weight_decay: how strongly AdamW pulls weights to zero.
+        beta1: AdamW's decay of the gradients' mean.
+        beta2: AdamW's decay of their squares' mean.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         eval_interval: steps between validations; there is one before the first step and after the last as well.
-        eval_samples: validate on the first that many samples; default all.
+        eval_samples: validate on the first that many samples; default: all.
         save_interval: steps between checkpoints to resume from.
         keep_last: how many of these are kept, and the best one by validation loss beside them.
         log_interval: steps between lines on a terminal that shows no progress bar.
@@ -112,7 +112,7 @@ def fit(
     save: Save,
     learning_rate_ratio: Callable[[str], float] = lambda name: 1.0,
 ) -> None:
-    """Train what requires gradients, and leave the result, `metrics.csv` and `step-*` folders in `run.out_dir`.
+    """Train what requires gradients, and leave the result, `metrics.*` and `step-*` folders in `run.out_dir`.
 
     A step's loss is the sum over all its labels divided by their number, however its samples are cut into micro-batches
     and spread over devices. `model` is what `run.build` gave; `save` writes what was trained, by a method's format;
@@ -179,7 +179,7 @@ def fit(
 
     hidden = None if fabric.is_global_zero else True
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
-    with StopSignals() as stop:
+    with StopSignals() as stop, recording(fabric, run.out_dir, run.logger, progress) as record:
         for step in range(first_step, num_steps):
             step_started = time.perf_counter()
             places = range(progress.samples, min(progress.samples + args.batch_size, total_samples))
@@ -207,7 +207,7 @@ def fit(
             with together(fabric):
                 if fabric.is_global_zero:
                     speed, memory = tokens / step_seconds, peak_memory_bytes(fabric.device)
-                    add_metrics(run.out_dir / "metrics.csv", *values, speed, memory)
+                    record(*values, speed, memory)
             line = f"loss {loss:.4f}, {tokens_seen / seconds:.0f} tokens/s"
             bar.set_postfix_str(line, refresh=False)
             bar.update()
@@ -227,12 +227,12 @@ def fit(
                 say(f"stopped by {signal.Signals(stopped_by).name} after step {done}. Go on with: {command}")
                 leave_together(fabric)
                 raise SystemExit(128 + stopped_by if fabric.is_global_zero else 0)
-    bar.close()
-    change = "" if val_loss is None else f"val loss {progress.first_val_loss:.4f} -> {val_loss:.4f}, "
-    say(
-        f"done: {change}{time.perf_counter() - started:.1f} s, {tokens_seen / seconds:.0f} tokens/s, "
-        f"peak memory {peak_memory_bytes(fabric.device) / 1e9:.2f} GB, result in {run.out_dir}"
-    )
+        bar.close()
+        change = "" if val_loss is None else f"val loss {progress.first_val_loss:.4f} -> {val_loss:.4f}, "
+        say(
+            f"done: {change}{time.perf_counter() - started:.1f} s, {tokens_seen / seconds:.0f} tokens/s, "
+            f"peak memory {peak_memory_bytes(fabric.device) / 1e9:.2f} GB, result in {run.out_dir}"
+        )
     leave_together(fabric)
 
 
