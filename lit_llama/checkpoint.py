@@ -139,12 +139,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, config: LLaMAConfig, tensors: Iterable[tuple[str, Tensor]], files: Mapping[str, bytes]
+    folder: Path,
+    config: LLaMAConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    files: Mapping[str, bytes],
+    template: str = "",
 ) -> None:
     """Write a new model folder, as `write_checkpoint` does, whole or not at all. Raises UserError where one exists."""
     check_new_folder(folder)
     with replacing(folder) as temporary:
-        write_checkpoint(temporary, config, tensors, files)
+        write_checkpoint(temporary, config, tensors, files, template)
 
 
 def write_checkpoint(

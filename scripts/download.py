@@ -6,7 +6,8 @@ from lit_llama import UserError
 from lit_llama.checkpoint import TOKENIZER_FILES
 from lit_llama.cli import run
 
-FILES = ("config.json", *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors")
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = ("config.json", *TOKENIZER_FILES, *LORA_FILES, *(f"adapter/{name}" for name in LORA_FILES))
 
 
 def main(
@@ -66,7 +67,7 @@ def files_needed(names: list[str]) -> list[str]:
         UserError: there is neither a model nor a LoRA in it.
     """
     top = [name for name in names if "/" not in name]
-    wanted = [name for name in top if name in FILES]
+    wanted = [name for name in names if name in FILES]
     if "config.json" not in wanted and "adapter_config.json" not in wanted:
         raise UserError("the repository holds no config.json and no adapter_config.json: no model and no LoRA")
     for prefix, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):

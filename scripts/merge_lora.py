@@ -8,11 +8,14 @@ from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.files import check_new_folder
 from lit_llama.lora import load_lora, merge_lora
-from lit_llama.methods import base_folder
+from lit_llama.methods import base_folder, training_template
 
 
 def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, precision: str = "bf16-true") -> None:
-    """Merge a LoRA into its base and write the result as a Hugging Face model folder.
+    """Merge a LoRA into its base and write the result as a Hugging Face model folder. Guide: howto/finetune_lora.md
+
+    Example:
+        python scripts/merge_lora.py --lora_path out/lora/alpaca --out_dir checkpoints/mine
 
     Args:
         lora_path: the LoRA's folder, ours or PEFT's.
@@ -27,7 +30,8 @@ def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, pre
     model = load_model(base, dtype=inference_dtype(precision))
     load_lora(model, lora_path)
     merge_lora(model)
-    save_checkpoint(out_dir, model.config, model.named_parameters(), tokenizer_files(base))
+    template = training_template(lora_path) or ""
+    save_checkpoint(out_dir, model.config, model.named_parameters(), tokenizer_files(base), template)
     print(f"merged model in {out_dir}")
 
 

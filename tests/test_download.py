@@ -23,6 +23,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """What `huggingface_hub` asks for: the list of files, then each file's head and content, from a byte on."""
 
     protocol_version = "HTTP/1.1"
+    repo_id = "owner/tiny"
     folder: Path
     gets: list[tuple[str, str | None]]
     break_off_at: int
@@ -38,7 +39,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.startswith("/api/models/"):
             names = sorted(file.name for file in self.folder.iterdir())
-            if "owner/tiny" not in path:
+            if self.repo_id not in path:
                 return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             if "/tree/" in path:
                 body = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
@@ -169,8 +170,8 @@ def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub
             ["config.json", "tokenizer.model", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
         ),
         (
-            ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
-            ["adapter_config.json", "adapter_model.safetensors"],
+            ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "adapter/adapter_config.json"],
+            ["adapter_config.json", "adapter_model.safetensors", "adapter/adapter_config.json"],
         ),
     ],
     ids=["one format", "shards", "bin", "LoRA"],
