@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OF_VENV := .venv/bin/python
 PIP := $(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: quickstart test lint bench bench-gpu clean
+.PHONY: quickstart test lint docs-check bench bench-gpu clean
 
 quickstart: .venv/.installed-quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
@@ -15,11 +15,15 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+docs-check: .venv/.installed-test
+	.venv/bin/python tests/docs_check.py $(ARGS)
+
 bench: .venv/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/finetune.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/generate.py
 	$(PYTHON_OF_VENV) benchmarks/prepare.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/load.py
+	$(PYTHON_OF_VENV) benchmarks/many_loras.py
 	$(PYTHON_OF_VENV) benchmarks/flags.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/report.py
 

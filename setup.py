@@ -7,6 +7,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
 HUB = ["huggingface_hub>=0.30"]
 GGUF = ["gguf>=0.17", "protobuf>=4"]
+EVAL = ["lm-eval>=0.4.9"]
+TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
 
 setup(
     name="lit-llama",
@@ -25,22 +27,35 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "jinja2>=3.1",
+        "matplotlib>=3.8",
         "numpy>=1.26",
+        "pyyaml>=6",
+        "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],
     extras_require={
         "hub": HUB,
         "gguf": GGUF,
         "quickstart": GGUF,
+        "eval": EVAL,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "benchmarks": [*GGUF, "peft>=0.17", "transformers>=4.56"],
         "test": [
             *HUB,
             *GGUF,
+            *EVAL,
+            *TENSORBOARD,
+            *WANDB,
+            *MLFLOW,
             "bitsandbytes>=0.48",
             "peft>=0.17",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "rouge-score>=0.1.2",
             "ruff>=0.9",
+            "sacrebleu>=2.4",
             "transformers>=4.56",
         ],
     },

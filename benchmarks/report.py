@@ -13,6 +13,8 @@ SECTIONS = {
     "flags": "What the flags cost and buy",
     "prepare": "Preparing data, and what its amount costs",
     "load": "Loading",
+    "many_loras": "Many LoRAs on one base",
+    "rank": "What the rank of a LoRA buys",
 }
 HEAD = """# Results
 

@@ -46,12 +46,17 @@ def main(
 ) -> None:
     """Print the memory of a finetuning run on each device: weights, gradients, optimizer, activations.
 
+    Guide: howto/performance.md
+
+    Example:
+        python scripts/estimate_memory.py --model 7B --method lora --quantize nf4
+
     Args:
         model: an architecture by name (7B, Llama-3.2-1B, ...) or a model folder.
         method: lora, adapter, adapter_v2 or full.
         devices: over how many devices all parameters are sharded.
-        precision: as in finetune/*.py.
-        quantize: as in finetune/*.py.
+        precision: bf16-mixed, bf16-true or 32-true, as in finetune/*.py.
+        quantize: nf4 or fp8, as in finetune/*.py.
         micro_batch_tokens: as --train.micro_batch_tokens of finetune/*.py.
         sample_tokens: tokens of a typical sample; what attention keeps depends on it on the CPU.
         activation_checkpointing: as --train.activation_checkpointing of finetune/*.py.

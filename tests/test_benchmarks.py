@@ -54,6 +54,20 @@ def test_results_are_the_report_of_their_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("result", "page"),
+    [
+        ("rank", "lora_explained"),
+        ("many_loras", "many_loras"),
+        ("flags", "performance"),
+        ("generate", "performance"),
+    ],
+)
+def test_tables_in_the_guides_are_those_that_were_measured(result: str, page: str) -> None:
+    measured = json.loads((ROOT / f"benchmarks/results/{result}-cpu.json").read_text("utf-8"))
+    assert measured["table"] in (ROOT / f"howto/{page}.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
     ("script", "worker", "more"),
     [
         ("finetune", "lit-llama LoRA", ["--steps", "5"]),
@@ -61,26 +75,28 @@ def test_results_are_the_report_of_their_files(tmp_path: Path) -> None:
         ("generate", "lit-llama bf16, 8 prompts", ["--new_tokens", "4"]),
         ("generate", "transformers bf16", ["--new_tokens", "4"]),
         ("load", "transformers, a LoRA merged", []),
+        ("many_loras", "1 LoRA for 8 rows", []),
     ],
 )
 def test_workers(script: str, worker: str, more: list[str], tiny_data: Path, tiny_checkpoint: Path, tmp_path) -> None:
     flags = ["--worker", worker, "--checkpoint_dir", str(tiny_checkpoint), *more]
     if script == "finetune":
         flags += ["--data_dir", str(tiny_data)]
-    if script == "load":
+    if script in ("load", "many_loras"):
         from lit_llama import load_model
         from lit_llama.lora import LoRAConfig, apply_lora, save_lora
 
         model, config = load_model(tiny_checkpoint), LoRAConfig()
         apply_lora(model, config)
-        save_lora(dict(model.named_parameters()), tmp_path, config)
-        flags += ["--lora_path", str(tmp_path)]
+        place = tmp_path if script == "load" else tmp_path / "0"
+        save_lora(dict(model.named_parameters()), place, config)
+        flags += ["--lora_path" if script == "load" else "--lora_dir", str(tmp_path)]
     command = [sys.executable, str(ROOT / f"benchmarks/{script}.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert all(value > 0 for value in figures.values())
-    assert len(figures) in (2, 3)
+    assert len(figures) in (2, 3, 5)
 
 
 def test_flags(tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch) -> None:
