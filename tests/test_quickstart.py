@@ -22,11 +22,6 @@ def test_records_all_have_the_style_and_none_has_the_prompts() -> None:
     assert not {record["instruction"] for record in records} & set(quickstart.PROMPTS)
 
 
-def test_side_by_side_wraps_both_columns() -> None:
-    lines = quickstart.side_by_side("one two three\n\nfour", "five", width=9)
-    assert lines == ["base       finetuned", "---------  ---------", "one two    five", "three", "", "four"]
-
-
 def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     assert quickstart.next_free(Path("out/lora")) == Path("out/lora")
