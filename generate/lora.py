@@ -10,7 +10,7 @@ from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.generation import answer
 from lit_llama.lora import load_lora, merge_lora
-from lit_llama.many_loras import add_lora, hold_loras
+from lit_llama.many_loras import hold_loras
 from lit_llama.methods import base_folder, training_template
 
 
@@ -38,16 +38,13 @@ def main(
         raise UserError("--lora_path: should be one folder or several different ones")
 
     def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str | dict[str, str]]:
-        bases = [checkpoint_dir or base_folder(path) for path in lora_path]
-        if len(set(bases)) > 1:
-            raise UserError(f"--lora_path: these are for different models ({', '.join(map(str, bases))})")
-        tokenizer = Tokenizer(bases[0])
-        model = load_model(bases[0], device, inference_dtype(precision))
+        base, *others = {checkpoint_dir or base_folder(path): None for path in lora_path}
+        if others:
+            raise UserError(f"--lora_path: these are for different models ({base}, {others[0]})")
+        tokenizer, model = Tokenizer(base), load_model(base, device, inference_dtype(precision))
         templates = {str(path): template or training_template(path) or "alpaca" for path in lora_path}
         if len(lora_path) > 1:
-            hold_loras(model)
-            for path in lora_path:
-                add_lora(model, str(path), path)
+            hold_loras(model, lora_path)
             return model, tokenizer, templates
         load_lora(model, lora_path[0])
         merge_lora(model)

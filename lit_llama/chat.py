@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,15 @@ from threading import Event
 
 import torch
 
+from lit_llama.decoding import prepare
 from lit_llama.errors import UserError
 from lit_llama.files import replacing
-from lit_llama.generation import Sampling, decodes_static, pieces, stream
-from lit_llama.many_loras import add_lora, choose_loras
+from lit_llama.generation import Sampling, decodes_static, default_device, pieces, stream
+from lit_llama.many_loras import add_lora, choose_loras, holds_loras
 from lit_llama.methods import training_template
 from lit_llama.model import LLaMA
 from lit_llama.prompts import Messages, encode_prompt, get_template, stop_ids
+from lit_llama.quantize import FOR_DECODING, quantization
 from lit_llama.tokenizer import Tokenizer
 
 HELP = """\
@@ -150,6 +152,8 @@ class Chat:
         shown = {"base" if known is None else known: known for known in self.templates}
         if name and name not in shown:
             path = Path(name).expanduser()
+            if not holds_loras(self.model):
+                raise UserError("/lora: an adapter answers, beside which there can be no LoRA")
             if not path.is_dir():
                 raise UserError(f"/lora: no {name!r}, and no such folder. There are: {', '.join(shown)}")
             add_lora(self.model, name, path)
@@ -158,6 +162,38 @@ class Chat:
         if name:
             self.use(shown[name])
         return ", ".join(f"[{label}]" if known == self.lora else label for label, known in shown.items())
+
+
+def chat(
+    load: Callable[[torch.device], tuple[LLaMA, Tokenizer, dict[str | None, str]]],
+    system: str | None = None,
+    context: int = 4096,
+    max_new_tokens: int = 512,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float = 1.0,
+    seed: int = 1234,
+    quantize: str | None = None,
+) -> None:
+    """Talk with a model until the lines on stdin end.
+
+    Args:
+        load: gives the model on that device, its tokenizer, and `Chat`'s `templates`.
+        system: a system message to begin with.
+        context: tokens of the conversation that are kept; the oldest turns go first.
+        max_new_tokens: longest answer in tokens.
+        temperature: randomness; 0 takes the most likely token each time.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the most likely tokens that make up this probability.
+        seed: of the sampling.
+        quantize: int8 or int4 weights: faster, and a half or a quarter of the memory.
+    """
+    sampling, device = Sampling(max_new_tokens, temperature, top_k, top_p, seed), default_device()
+    if quantize is not None:
+        quantization(quantize, FOR_DECODING)
+    model, tokenizer, templates = load(device if quantize is None else torch.device("cpu"))
+    prepare(model, device, quantize)
+    converse(Chat(model, tokenizer, templates, sampling, system, context))
 
 
 def converse(chat: Chat) -> None:

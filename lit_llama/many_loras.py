@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.adapter import AdapterAttention
 from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig, Update, dora_scale, read_lora
 from lit_llama.methods import base_linears, base_name, replace_module
@@ -86,13 +87,26 @@ class LoRASlots(nn.Module):
         return y + (dora - 1).to(y.dtype) * without_bias + dora.to(y.dtype) * update
 
 
-def hold_loras(model: LLaMA) -> None:
-    """Make room for LoRAs around each linear layer but the head, in place. Call it before `decoding.prepare`."""
+def hold_loras(model: LLaMA, paths: Sequence[Path] = ()) -> None:
+    """Make room for LoRAs around each linear layer but the head, in place, and add those of `paths` under their paths.
+
+    Call it before `decoding.prepare`. Raises UserError as `add_lora` does, and for a model with an adapter: what its
+    projections make of the adapter's prompt belongs to no row.
+    """
+    if any(isinstance(module, AdapterAttention) for module in model.modules()):
+        raise UserError("LoRAs cannot be held beside an adapter. Use one of them")
     rows = Rows()
     for name, linear in base_linears(model).items():
         if linear is not model.lm_head:
             replace_module(model, name, LoRASlots(linear, rows))
     model.register_forward_pre_hook(rows.begin, with_kwargs=True)
+    for path in paths:
+        add_lora(model, str(path), path)
+
+
+def holds_loras(model: LLaMA) -> bool:
+    """Whether `hold_loras` has made room."""
+    return any(isinstance(module, LoRASlots) for module in model.modules())
 
 
 def slots(model: LLaMA) -> dict[str, LoRASlots]:

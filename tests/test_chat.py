@@ -1,5 +1,6 @@
 """Conversations: beside transformers' greedy decoding of the same turns, and in a terminal."""
 
+import io
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from conftest import ROOT, load_script, save_checkpoint_folder
 from transformers import AutoModelForCausalLM
 
 from lit_llama import Tokenizer, UserError, load_model
+from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
 from lit_llama.chat import Chat
 from lit_llama.generation import Sampling
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
@@ -148,6 +150,21 @@ def test_a_saved_conversation_can_be_learned(folder: Path, tmp_path: Path) -> No
     meta = load_script("scripts/prepare_json.py").main(file, folder, tmp_path / "data", val_size=0, template="chatml")
     assert len(file.read_text("utf-8").splitlines()) == 2
     assert (tmp_path / "data/meta.json").is_file(), meta
+
+
+def test_an_adapter_answers(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    model, config = load_model(folder, dtype=torch.float32), AdapterConfig(prompt_length=4, start_layer=0)
+    apply_adapter(model, config)
+    save_adapter(dict(model.named_parameters()), tmp_path / "adapter", config, model, str(folder), "chatml")
+    main = load_script("generate/chat.py").main
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"the fox\n/lora {tmp_path}\n"))
+    main(adapter_path=tmp_path / "adapter", temperature=0, max_new_tokens=12, precision="32-true")
+    answer = reference(folder, [{"role": "user", "content": "the fox"}], 12)  # the adapter's gates are closed at first
+    assert capsys.readouterr().out == f"{answer}\n\n(/lora: an adapter answers, beside which there can be no LoRA)\n\n"
+    with pytest.raises(UserError, match="--adapter_path: give a model, LoRAs or an adapter"):
+        main(adapter_path=tmp_path / "adapter", lora_path=[tmp_path])
+    with pytest.raises(UserError, match="LoRAs cannot be held beside an adapter"):
+        hold_loras(model)
 
 
 class Terminal:
