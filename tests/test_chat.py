@@ -1,5 +1,6 @@
 """Conversations: beside transformers' greedy decoding of the same turns, and in a terminal."""
 
+import fcntl
 import io
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import closing
 from itertools import islice
@@ -174,11 +176,15 @@ class Terminal:
         self.own, theirs = pty.openpty()
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-            env=os.environ | {"TERM": "dumb"},
+            preexec_fn=self.at_the_terminal, env=os.environ | {"TERM": "dumb"},
         )  # fmt: skip
         os.close(theirs)
         self.text = ""
+
+    def at_the_terminal(self) -> None:
+        """Make the terminal that of the new process, and let Ctrl-C reach it though these tests may not notice one."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def type(self, text: str) -> None:
         os.write(self.own, text.encode())
@@ -214,8 +220,10 @@ def test_in_a_terminal(folder: Path) -> None:
         terminal.wait_for(r"\(forgotten\)\r\n> ")
         terminal.type("/save nowhere-yet.jsonl\n")
         terminal.wait_for(r"\(/save: nothing was said yet\)\r\n> ")
+        time.sleep(1)  # readline shows its prompt a moment before it notices signals
         terminal.type("\x03")
         terminal.wait_for(r"\(Ctrl-D ends\)\r\n> ")
+        time.sleep(1)
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:
