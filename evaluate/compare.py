@@ -27,10 +27,10 @@ from lit_llama.data import open_prepared
 from lit_llama.decoding import prepare
 from lit_llama.distributed import inference_dtype, peak_memory_bytes
 from lit_llama.files import replacing
-from lit_llama.generation import Sampling, default_device, read_prompts, stream
+from lit_llama.generation import Sampling, default_device, read_prompts, stream, until_end
 from lit_llama.loading import load_finetuned, model_folder
 from lit_llama.prompts import Messages, content, get_template, stop_ids
-from lit_llama.records import Columns, encode_answers, read_records, to_messages
+from lit_llama.records import Columns, encode_answers, read_conversations
 from lit_llama.scoring import log_likelihoods
 
 BATCH_TOKENS = 2048  # computed at a time for the loss
@@ -97,8 +97,7 @@ def main(
         model_folder(path, checkpoint_dir)
     data: Path | dict[str, Messages]
     if source is not None:
-        places = ((f"{source}, record {number}", record) for number, record in enumerate(read_records(source), start=1))
-        data = {place: to_messages(record, columns, place) for place, record in places}
+        data = read_conversations(source, columns)
     elif prompt_file is not None:
         lines = enumerate(read_prompts(prompt_file), start=1)
         data = {
@@ -239,8 +238,7 @@ def answer(
         count += len(prompts) * (len(times) - 1)
         seconds += times[-1] - times[0]
         for ids in torch.stack(tokens, dim=1).tolist():
-            length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
-            answers.append(tokenizer.decode(ids[:length]).strip())
+            answers.append(tokenizer.decode(until_end(ids, ends)).strip())
     return answers, count / seconds if count else None
 
 

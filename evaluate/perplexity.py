@@ -12,7 +12,7 @@ from lit_llama.distributed import inference_dtype
 from lit_llama.generation import default_device
 from lit_llama.loading import chosen_folder, load_finetuned, model_folder
 from lit_llama.prompts import Messages, get_template, stop_ids
-from lit_llama.records import Columns, encode_answers, read_records, to_messages
+from lit_llama.records import Columns, encode_answers, read_conversations
 from lit_llama.scoring import Sample, log_likelihoods
 
 
@@ -83,8 +83,7 @@ def main(
 def read_source(source: Path, columns: Columns) -> str | dict[str, Messages]:
     """A text, or the conversations of records, by their place in the file. Raises UserError for what is neither."""
     if source.suffix in (".json", ".jsonl", ".csv"):
-        places = {f"{source}, record {number}": record for number, record in enumerate(read_records(source), start=1)}
-        return {place: to_messages(record, columns, place) for place, record in places.items()}
+        return read_conversations(source, columns)
     try:
         return source.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,11 +5,10 @@ from pathlib import Path
 import torch
 
 from lit_llama import LLaMA, Tokenizer, UserError, load_model
-from lit_llama.adapter import load_adapter
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.generation import answer
-from lit_llama.lora import load_lora, merge_lora
+from lit_llama.loading import load_merged_lora
 from lit_llama.many_loras import hold_loras
 from lit_llama.methods import base_folder, training_template
 
@@ -46,10 +45,7 @@ def main(
         if len(lora_path) > 1:
             hold_loras(model, lora_path)
             return model, tokenizer, templates
-        load_lora(model, lora_path[0])
-        merge_lora(model)
-        if (lora_path[0] / "adapter").is_dir():
-            load_adapter(model, lora_path[0] / "adapter")
+        load_merged_lora(model, lora_path[0])
         return model, tokenizer, templates[str(lora_path[0])]
 
     answer(load, **flags)

@@ -319,9 +319,9 @@ def answer(
                 continue
             answers = []
             for ids in zip(*(token.tolist() for token in tokens), strict=True):
-                length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
-                count += length
-                answers.append(tokenizer.decode(ids[:length]))
+                ids = until_end(ids, ends)
+                count += len(ids)
+                answers.append(tokenizer.decode(ids))
             if prompt_file is None:
                 print("\n".join(side_by_side(dict(zip(names, answers, strict=True)))), flush=True)
                 continue
@@ -335,6 +335,11 @@ def answer(
     print(f"Memory used: {peak_memory_bytes(device) / 1e9:.2f} GB", file=sys.stderr)
 
 
+def until_end(ids: Sequence[int], ends: Collection[int]) -> Sequence[int]:
+    """The token ids in front of the first one that is in `ends`."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
 def side_by_side(texts: Mapping[str, str], width: int | None = None) -> list[str]:
     """Lines with a column for each text under its title, or one text below the other where `width` has no room.
 
@@ -343,9 +348,7 @@ def side_by_side(texts: Mapping[str, str], width: int | None = None) -> list[str
     width = shutil.get_terminal_size((120, 24)).columns if width is None else width
     own = (width + 2) // len(texts) - 2
     if own < 36:
-        return [line for title, text in texts.items() for line in (title, "-" * len(title), *text.splitlines(), "")][
-            :-1
-        ]
+        return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in texts.items()).splitlines()
     columns = [
         [title if len(title) <= own else f"...{title[3 - own :]}", "-" * own]
         + [part for line in text.strip().splitlines() for part in textwrap.wrap(line, own) or [""]]

@@ -31,10 +31,7 @@ def load_finetuned(
     if "method" in read_json(path / CONFIG_FILE):
         load_adapter(model, path)
     else:
-        load_lora(model, path)
-        merge_lora(model)
-        if (path / "adapter").is_dir():
-            load_adapter(model, path / "adapter")
+        load_merged_lora(model, path)
     return model, tokenizer, training_template(path) or "alpaca"
 
 
@@ -45,6 +42,14 @@ def model_folder(path: Path, checkpoint_dir: Path | None) -> Path:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no {CONFIG_FILE} and no config.json there. Give a LoRA, an adapter or a model")
     return path
+
+
+def load_merged_lora(model: LLaMA, path: Path) -> None:
+    """Merge a saved LoRA into its base, and put an adapter that was trained with it on top. Raises UserError."""
+    load_lora(model, path)
+    merge_lora(model)
+    if (path / "adapter").is_dir():
+        load_adapter(model, path / "adapter")
 
 
 def chosen_folder(checkpoint_dir: Path | None, lora_path: Path | None, adapter_path: Path | None) -> Path:

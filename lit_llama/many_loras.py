@@ -9,7 +9,8 @@ The A of all chosen LoRAs lie one below the other, their B side by side, so that
 many they are; between the two, what belongs to another row's LoRA is multiplied by zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -56,23 +57,22 @@ class LoRASlots(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.a = self.b = self.scaling = self.dora = None
 
-    def choose(self, names: Sequence[str | None]) -> None:
-        """Lay out what `forward` reads. `names` are the rows' LoRAs, those with no update for this layer included."""
-        chosen = {name: self.updates[name] for name in names if name in self.updates}
+    def choose(self, rows: Mapping[str, Tensor], count: int) -> None:
+        """Lay out what `forward` reads for `count` rows. `rows` are those of each LoRA (count,), bool."""
+        chosen = {name: self.updates[name] for name in rows if name in self.updates}
         self.a = self.b = self.scaling = self.dora = None
         if not chosen:
             return
         self.a = torch.cat([update.a for update in chosen.values()])  # (ranks, in_features)
         self.b = torch.cat([update.b for update in chosen.values()], dim=1)  # (out_features, ranks)
-        columns = torch.tensor([len(update.a) for update in chosen.values()]).cumsum(0).tolist()
-        self.scaling = self.a.new_zeros(len(names), len(self.a))  # (rows, ranks), zero where it is another row's LoRA
+        ends = accumulate(len(update.a) for update in chosen.values())
+        self.scaling = self.a.new_zeros(count, len(self.a))  # (rows, ranks), zero where it is another row's LoRA
         if any(update.magnitude is not None for update in chosen.values()):
-            self.dora = torch.ones(len(names), self.out_features, device=self.a.device)  # fp32
-        for (name, update), end in zip(chosen.items(), columns, strict=True):
-            own = torch.tensor([row == name for row in names], device=self.a.device)
-            self.scaling[own, end - len(update.a) : end] = update.scaling
+            self.dora = torch.ones(count, self.out_features, device=self.a.device)  # fp32
+        for (name, update), end in zip(chosen.items(), ends, strict=True):
+            self.scaling[rows[name], end - len(update.a) : end] = update.scaling
             if update.magnitude is not None:
-                self.dora[own] = update.magnitude
+                self.dora[rows[name]] = update.magnitude
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in_features) -> (tokens, out_features)
         y = self.base(x)
@@ -151,6 +151,8 @@ def choose_loras(model: LLaMA, names: Sequence[str | None]) -> None:
     known = {name for slot in places for name in slot.updates}
     if unknown := {name for name in names if name is not None} - known:
         raise ValueError(f"no LoRA called {', '.join(sorted(unknown))}. There are: {', '.join(sorted(known))}")
+    device = model.embed_tokens.weight.device
+    rows = {name: torch.tensor([row == name for row in names], device=device) for name in names if name is not None}
     for slot in places:
-        slot.choose(names)
+        slot.choose(rows, len(names))
         slot.rows.count = len(names)

@@ -114,6 +114,12 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
     return [user, {"role": "assistant", "content": values[2]}]
 
 
+def read_conversations(source: Path, columns: Columns) -> dict[str, Messages]:
+    """All records of a file as conversations, by their place in it. Raises UserError as `to_messages` does."""
+    places = {f"{source}, record {number}": record for number, record in enumerate(read_records(source), start=1)}
+    return {place: to_messages(record, columns, place) for place, record in places.items()}
+
+
 def encode_answers(
     messages: Messages, template: Template, tokenizer: Tokenizer, end_id: int, place: str
 ) -> Iterator[tuple[list[int], list[int]]]:
