@@ -1,121 +1,45 @@
 """What users get wrong: one clear line on stderr, a non-zero status, and nothing on disk is touched."""
 
-import json
-import pickle
-import re
-import resource
-import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script, make_hf_model, save_tokenizer
-from safetensors.torch import load_file, save_file
+from bad_input import (
+    ADAPTER,
+    ALPACA,
+    ASK,
+    ASK_ADAPTER,
+    ASK_LORA,
+    BASE,
+    CHECKPOINT,
+    FINETUNE,
+    GGUF,
+    JSON,
+    LIT,
+    LORA,
+    MERGE,
+    META,
+    PREPARE,
+    TRAIN,
+    TRAIN_ADAPTER,
+    WEIGHTS,
+    adapter,
+    assert_refused,
+    change_weights,
+    conversation,
+    edit_json,
+    no_space,
+    other_model,
+    other_tokenizer,
+    pickled_code,
+    place,
+    shrink_embedding,
+    truncate,
+    write,
+)
+from conftest import load_script, save_tokenizer
 
-from lit_llama import cli, load_model
-from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
-from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-
-FINETUNE, BASE, LORA = "finetune/lora.py", "generate/base.py", "generate/lora.py"
-JSON, ALPACA = "scripts/prepare_json.py", "scripts/prepare_alpaca.py"
-META, LIT, GGUF = (f"scripts/convert_{kind}_checkpoint.py" for kind in ("meta", "lit", "gguf"))
-MERGE = "scripts/merge_lora.py"
-ADAPTER, TRAIN_ADAPTER = "generate/adapter.py", "finetune/adapter.py"
-
-
-@pytest.fixture
-def place(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, records_file: Path) -> Path:
-    """`checkpoint`, `data`, `lora` and `records.json` that fit together, to be broken."""
-    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    shutil.copytree(tiny_data, tmp_path / "data")
-    shutil.copy(records_file, tmp_path / "records.json")
-    model, config = load_model(tiny_checkpoint), LoRAConfig()
-    apply_lora(model, config)
-    save_lora(
-        dict(model.named_parameters()),
-        tmp_path / "lora",
-        config,
-        base_model=str(tmp_path / "checkpoint"),
-        template="alpaca",
-    )
-    return tmp_path
-
-
-def edit_json(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def truncate(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
-def change_weights(file: Path, change: Callable[[dict], object]) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-class RunsCode:
-    def __reduce__(self):
-        return (print, ("code of a pickle has run",))
-
-
-def pickled_code(place: Path) -> None:
-    (place / "meta").mkdir()
-    (place / "meta/params.json").write_text("{}")
-    torch.save({"weight": RunsCode()}, place / "meta/consolidated.00.pth", pickle_module=pickle)
-
-
-def shrink_embedding(place: Path) -> None:
-    make_hf_model(vocab_size=200).save_pretrained(place / "checkpoint")
-
-
-def other_tokenizer(place: Path) -> None:
-    file = place / "checkpoint/tokenizer.json"
-    file.write_text(file.read_text() + " ")
-
-
-def other_model(place: Path) -> None:
-    make_hf_model(hidden_size=64).save_pretrained(place / "checkpoint")
-
-
-def adapter(place: Path) -> None:
-    """A LLaMA-Adapter in the LoRA's place."""
-    model, config = load_model(place / "checkpoint"), AdapterConfig(start_layer=1)
-    apply_adapter(model, config)
-    save_adapter(dict(model.named_parameters()), place / "lora", config, model, str(place / "checkpoint"), "alpaca")
-
-
-def no_space(place: Path) -> None:
-    """A file may not grow over 4 KiB, which the writer sees as it sees a full disk."""
-    import signal
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def conversation(place: Path) -> None:
-    turns = [
-        {"role": "system", "content": "a"},
-        {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "c"},
-    ]
-    (place / "records.json").write_text(json.dumps([{"messages": turns}] * 3))
-
-
-def write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda place: (place / name).write_text(text)
-
-
-CHECKPOINT, WEIGHTS = "--checkpoint_dir {}/checkpoint", "checkpoint/model.safetensors"
-TRAIN = f"{CHECKPOINT} --data_dir {{}}/data --out_dir {{}}/out --train.max_steps 1 --train.batch_size 2"
-ASK = f"{CHECKPOINT} --prompt Hi --max_new_tokens 2"
-PREPARE = f"--source {{}}/records.json {CHECKPOINT} --data_dir {{}}/new --val_size 2"
-ASK_ADAPTER = "--adapter_path {}/lora --checkpoint_dir {}/checkpoint --prompt Hi --max_new_tokens 2"
-ASK_LORA = "--lora_path {}/lora --prompt Hi --max_new_tokens 2"
+from lit_llama import cli
 
 # what is wrong: (what breaks it, the script, its flags, what the line says, the exit status)
 CASES = {
@@ -346,35 +270,9 @@ CASES = {
 }
 
 
-def contents(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_one_line_and_nothing_touched(place: Path, monkeypatch, capsys, case: tuple) -> None:
-    breaks, script, flags, message, status = (*case, 1)[:5]
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    main = load_script(script).main
-    monkeypatch.setattr(sys, "argv", [script, *flags.replace("{}", str(place)).split()])
-    if breaks is not None and breaks is not no_space:
-        breaks(place)
-    before = contents(place)
-    capsys.readouterr()
-    try:
-        if breaks is no_space:
-            no_space(place)
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if not line.startswith("tokenizing")]
-    assert ended.value.code == status
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert re.search(message, lines[0]), lines[0]
-    assert "code of a pickle has run" not in printed.out
-    assert contents(place) == before
+    assert_refused(place, case, monkeypatch, capsys)
 
 
 def test_the_table_is_long_enough() -> None:
