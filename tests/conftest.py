@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import warm
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,6 +86,15 @@ def save_checkpoint_folder(folder: Path, **settings) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python for scripts that need a process of their own, which starts at once: see warm.py."""
+    launcher, server = warm.start(tmp_path_factory.mktemp("python"))
+    yield launcher
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

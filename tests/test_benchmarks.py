@@ -78,7 +78,9 @@ def test_tables_in_the_guides_are_those_that_were_measured(result: str, page: st
         ("many_loras", "1 LoRA for 8 rows", []),
     ],
 )
-def test_workers(script: str, worker: str, more: list[str], tiny_data: Path, tiny_checkpoint: Path, tmp_path) -> None:
+def test_workers(
+    script: str, worker: str, more: list[str], tiny_data: Path, tiny_checkpoint: Path, tmp_path, python: str
+) -> None:
     flags = ["--worker", worker, "--checkpoint_dir", str(tiny_checkpoint), *more]
     if script == "finetune":
         flags += ["--data_dir", str(tiny_data)]
@@ -91,7 +93,7 @@ def test_workers(script: str, worker: str, more: list[str], tiny_data: Path, tin
         place = tmp_path if script == "load" else tmp_path / "0"
         save_lora(dict(model.named_parameters()), place, config)
         flags += ["--lora_path" if script == "load" else "--lora_dir", str(tmp_path)]
-    command = [sys.executable, str(ROOT / f"benchmarks/{script}.py"), *flags]
+    command = [python, str(ROOT / f"benchmarks/{script}.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +101,8 @@ def test_workers(script: str, worker: str, more: list[str], tiny_data: Path, tin
     assert len(figures) in (2, 3, 5)
 
 
-def test_flags(tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_flags(tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch, python: str) -> None:
+    monkeypatch.setattr(sys, "executable", python)
     monkeypatch.setattr("common.RESULTS", tmp_path)
     runs = ("lora --train.micro_batch_tokens 512",)
     load_script("benchmarks/flags.py").main(tiny_checkpoint, records_file, steps=2, batch_size=4, runs=runs)

@@ -232,9 +232,9 @@ def test_in_a_terminal(folder: Path) -> None:
         os.close(terminal.own)
 
 
-def test_lines_from_a_pipe(folder: Path) -> None:
+def test_lines_from_a_pipe(folder: Path, python: str) -> None:
     flags = ["--checkpoint_dir", str(folder), "--template", "chatml", "--temperature", "0", "--max_new_tokens", "12"]
-    command = [sys.executable, str(ROOT / "generate/chat.py"), *flags, "--precision", "32-true"]
+    command = [python, str(ROOT / "generate/chat.py"), *flags, "--precision", "32-true"]
     done = subprocess.run(command, input="the fox\n/lora\n/unknown\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     answer = reference(folder, [{"role": "user", "content": "the fox"}], 12)

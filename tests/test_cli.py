@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ from lit_llama.flags import WrongCall, read
 from lit_llama.lora import LoRAConfig
 
 
-def call(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def call(python: str) -> Callable[..., subprocess.CompletedProcess]:
+    def call(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
+        return subprocess.run([python, *map(str, command)], cwd=folder, capture_output=True, text=True)
+
+    return call
 
 
 SCRIPTS = sorted(
@@ -48,7 +53,8 @@ def test_every_flag_has_a_line_of_help_in_any_folder(script: str, tmp_path: Path
 
 @pytest.mark.parametrize("script", ["scripts/prepare_alpaca.py", "finetune/lora.py"])
 def test_a_script_starts_in_any_folder(script: str, tmp_path: Path) -> None:
-    done = call(ROOT / script, "--help", folder=tmp_path)
+    command = [sys.executable, ROOT / script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: python {ROOT / script} [flags]" in done.stdout
 
@@ -249,7 +255,7 @@ def test_completion(tmp_path: Path) -> None:
         assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
-def test_a_run_can_be_repeated_from_its_config(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+def test_a_run_can_be_repeated_from_its_config(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, call) -> None:
     flags = ["--checkpoint_dir", tiny_checkpoint, "--data_dir", tiny_data, "--precision", "32-true", "--lora.r", 4]
     flags += ["--train.max_steps", 2, "--train.batch_size", 8, "--lora.targets", "[q_proj, o_proj]", "--seed", 3]
     first = call("finetune/lora.py", *flags, "--out_dir", tmp_path / "first")
@@ -265,7 +271,7 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path: Path, tiny_checkpoint: 
     assert once_more.returncode == 0, once_more.stderr
 
 
-def test_a_wrong_call_is_one_line_and_status_2() -> None:
+def test_a_wrong_call_is_one_line_and_status_2(call) -> None:
     for flags in (["--lora.rank", "4"], ["--train.batch_size", "many"], []):
         script = "finetune/lora.py" if flags else "generate/base.py"
         done = call(script, *flags)
