@@ -1,8 +1,8 @@
 """A Python that starts at once: it forks from a process that has imported the libraries already.
 
 `start(folder)` gives the path of an executable that takes `script.py ...`, `-m module ...` or `-c code ...` as `python`
-does, with the environment, working folder and streams that it is called with, and passes SIGTERM and SIGINT on. It is for
-tests that need processes of their own, but are not about how Python starts or what its process number is.
+does, with the environment, working folder and streams that it is called with, and passes SIGTERM and SIGINT on. It is
+for tests that need processes of their own, but are not about how Python starts or what its process number is.
 """
 
 import importlib
