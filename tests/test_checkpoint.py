@@ -149,3 +149,11 @@ def test_loading_takes_less_than_1_2_times_the_models_memory(tmp_path: Path, lay
     hf_model.save_pretrained(tmp_path) if layout == "safetensors" else save_bin(hf_model, tmp_path, 1)
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path, dtype], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.2
+
+
+def test_safetensors_come_before_bin(tmp_path: Path) -> None:
+    """As in transformers."""
+    save_bin(make_hf_model(seed=1), tmp_path, 1)
+    make_hf_model(seed=2).save_pretrained(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").is_file()
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path)
