@@ -257,9 +257,7 @@ def test_loraplus_reaches_the_optimizer(tmp_path: Path, tiny_checkpoint: Path, t
     """Adam's first step moves a weight by its learning rate, and B starts at zero."""
     recipe = TrainArgs(batch_size=16, max_steps=1, learning_rate=1e-3)
     flags = dict(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, precision="32-true")
-    load_script("finetune/lora.py").main(
-        tmp_path, LoRAConfig(loraplus_lr_ratio=16), train=recipe, **flags
-    )
+    load_script("finetune/lora.py").main(tmp_path, LoRAConfig(loraplus_lr_ratio=16), train=recipe, **flags)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     moved = torch.cat([tensor.abs().flatten() for name, tensor in tensors.items() if ".lora_B." in name])
     assert float(moved.median()) == pytest.approx(16e-3, rel=1e-3)
