@@ -402,7 +402,7 @@ def main() -> int:
             if status not in (0, 1, None):
                 print(f"{log}\n{mutation.name}: pytest ended with status {status}")
                 return 1
-            found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", log, re.MULTILINE)
+            found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", log, re.MULTILINE)
             by = found[1] if found else "a test that hangs" if status is None else ""
             caught += status != 0
             seconds = time.monotonic() - started
