@@ -1,7 +1,7 @@
 """Forty mistakes that a person could make in the library, one at a time: does a test fail?
 
     python tests/mutations.py                # all of them, in about five minutes; a table, and status 1 below 36
-    python tests/mutations.py speculation    # those with that word in their name
+    python tests/mutations.py proposal       # those with that word in their name
 
 Each is written into a copy of the repository, and a few tests that should catch it run there. They run in a process
 forked from this one, which has imported all that takes long (and nothing of the library). First the same tests pass on
@@ -267,11 +267,11 @@ MUTATIONS = [
         DECODING + "speculation_leaves_the_distribution_as_it_is",
     ),
     Mutation(
-        "speculation keeps the keys of a refused token",
+        "a proposal accepted by the model's probability alone",
         "generation.py",
-        "kept.rewind([min(kept.longest, len(ids))])",
-        "kept.rewind([min(kept.longest, len(ids) + 1)])",
-        DECODING + "speculation_gives_the_greedy_tokens",
+        "if chance * guess[token] >= want[token]:",
+        "if chance >= want[token]:",
+        DECODING + "speculation_leaves_the_distribution_as_it_is",
     ),
     Mutation(
         "a full context is refused",
