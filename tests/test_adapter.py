@@ -213,3 +213,17 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"method": "llama_adapter_v3"}))
     with pytest.raises(UserError, match=r"method is 'llama_adapter_v3', not llama_adapter or llama_adapter_v2"):
         load_adapter(load_model(folder), tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_v2_is_the_papers(folder: Path) -> None:
+    """Section 3.2: y = s (W x + b) with s and b learned, and all norms train."""
+    model = load_model(folder, dtype=torch.float32)
+    apply_adapter_v2(model, CONFIG)
+    linear = randomized(model).layers[1].mlp.down_proj
+    x = torch.randn(5, linear.base.in_features, generator=torch.Generator().manual_seed(2))
+    weight, scale, bias = (t.double() for t in (linear.base.weight, linear.adapter_scale, linear.adapter_bias))
+    torch.testing.assert_close(linear(x).double(), scale * (x.double() @ weight.T + bias), atol=1e-5, rtol=1e-5)
+    norms = [parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight")]
+    assert len(norms) == 2 * 3 + 1
+    assert all(parameter.requires_grad for parameter in norms)

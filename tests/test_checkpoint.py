@@ -153,3 +153,11 @@ def test_loading_as_stored_or_rounded_takes_less_than_1_2_times_the_models_memor
     as_stored, rounded = map(float, done.stdout.split())
     assert 0 < as_stored < 1.2
     assert 0.5 < rounded < 1.2
+
+
+def test_safetensors_come_before_bin(tmp_path: Path) -> None:
+    """As in transformers."""
+    save_bin(make_hf_model(seed=1), tmp_path, 1)
+    make_hf_model(seed=2).save_pretrained(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").is_file()
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path)

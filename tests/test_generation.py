@@ -117,3 +117,21 @@ def test_scripts_print_answers_and_three_figures(tmp_path: Path, tiny_checkpoint
     save_lora(dict(lora.named_parameters()), tmp_path, config, base_model=str(tiny_checkpoint), template="alpaca")
     load_script("generate/lora.py").main(prompt="Hello", lora_path=[tmp_path], num_samples=2, **settings)
     assert capsys.readouterr().out == printed.out  # an untrained LoRA changes nothing
+
+
+def test_a_context_is_used_to_its_end(pair) -> None:
+    hf_model, model = pair
+    prompt = torch.randint(3, 384, (1, 510), generator=torch.Generator().manual_seed(4))
+    expected = hf_model.generate(prompt, do_sample=False, max_new_tokens=2, eos_token_id=-1)
+    assert generate(model, prompt, 2, temperature=0).tolist() == expected.tolist()
+
+
+def test_each_answer_has_a_seed_of_its_own(tiny_checkpoint: Path, capsys) -> None:
+    texts = []
+    for settings in (dict(seed=5, num_samples=2), dict(seed=5), dict(seed=6)):
+        load_script("generate/base.py").main(
+            checkpoint_dir=tiny_checkpoint, prompt="Hello", max_new_tokens=10, precision="32-true", **settings
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] + texts[2]
+    assert texts[1] != texts[2]

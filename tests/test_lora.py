@@ -306,3 +306,20 @@ def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: 
     for (name, ours), reference in zip(final.named_parameters(), theirs.parameters(), strict=True):
         if "lora" in name:
             torch.testing.assert_close(ours, reference, atol=1e-3, rtol=0)  # twenty steps of 1e-2
+
+
+def test_a_target_is_a_whole_name(folder: Path) -> None:
+    """As in peft: `proj` is no end of `q_proj`."""
+    with pytest.raises(ValueError, match="proj"):
+        peft_model(folder, target_modules=["proj"])
+    with pytest.raises(UserError, match="no linear layer is called 'proj'"):
+        apply_lora(load_model(folder), LoRAConfig(targets=("proj",)))
+
+
+@torch.no_grad()
+def test_dora_built_for_a_run_starts_as_the_base(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+    """Its lengths are those of weights that come after it."""
+    config = LoRAConfig(r=4, dropout=0.0, targets=("all-linear",), use_dora=True)
+    model = make_run(tiny_checkpoint, tiny_data, tmp_path).build(lambda llama: apply_lora(llama, config))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    torch.testing.assert_close(model(INPUT_IDS), theirs(INPUT_IDS).logits, atol=1e-4, rtol=0)  # fp32

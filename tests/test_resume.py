@@ -337,7 +337,7 @@ def test_full_result_replaces_an_older_one(tmp_path: Path, tiny_checkpoint: Path
     """Going on with a finished run, from many files to one: nothing of the old result is left."""
     out = tmp_path / "out"
     finetune(out, tiny_checkpoint, tiny_data, script="finetune/full.py", train=dict(max_steps=1, learning_rate=1e-3))
-    for name in ("model-00001.safetensors", "model.safetensors.index.json"):
+    for name in ("model-00001.safetensors", "model-00002.safetensors", "model.safetensors.index.json"):
         shutil.copy(out / "model.safetensors", out / name)
     finetune(out, tiny_checkpoint, tiny_data, script="finetune/full.py", train=dict(learning_rate=1e-3), resume=True)
     assert {path.name for path in out.glob("model*")} == {"model.safetensors"}

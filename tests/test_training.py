@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_llama import UserError, load_model
 from lit_llama.data import PreparedSet
-from lit_llama.lora import LoRAConfig, apply_lora, save_lora
+from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, save_lora
 from lit_llama.run import Run
 from lit_llama.run_folder import METRICS, checkpoints
 from lit_llama.training import TrainArgs, evaluate, fit, schedule
@@ -230,3 +230,34 @@ def test_any_seed_and_a_run_without_validation(tmp_path: Path, tiny_checkpoint: 
     flags = dict(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / "data", seed=99_999_999_999_999)
     main(tmp_path / "out", train=recipe, **flags)
     assert read_metrics(tmp_path / "out")[0]["val_loss"] == ""
+
+
+def test_a_warm_up_in_epochs_counts_steps(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+    recipe = dict(batch_size=16, max_steps=6, learning_rate=1e-3, schedule="constant", warmup_epochs=0.5)
+    rows = train(tiny_checkpoint, tiny_data, tmp_path, **recipe)  # half of 50 samples are two steps
+    assert column(rows, "learning_rate") == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_validation_is_without_dropout_and_training_with_it(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+) -> None:
+    run = Run(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, out_dir=tmp_path, precision="32-true")
+    model = run.build(lambda llama: apply_lora(llama, LoRAConfig(dropout=0.5)))
+    loras = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for lora in loras:
+        torch.nn.init.normal_(lora.lora_B.weight)
+    loss = evaluate(run, model, TrainArgs())
+    assert all(lora.training for lora in loras)
+    for lora in loras:
+        lora.dropout = 0.0
+    assert evaluate(run, model, TrainArgs()) == loss
+
+
+def test_loraplus_reaches_the_optimizer(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+    """Adam's first step moves a weight by its learning rate, and B starts at zero."""
+    recipe = TrainArgs(batch_size=16, max_steps=1, learning_rate=1e-3)
+    flags = dict(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, precision="32-true")
+    load_script("finetune/lora.py").main(tmp_path, LoRAConfig(loraplus_lr_ratio=16), train=recipe, **flags)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    moved = torch.cat([tensor.abs().flatten() for name, tensor in tensors.items() if ".lora_B." in name])
+    assert float(moved.median()) == pytest.approx(16e-3, rel=1e-3)
