@@ -9,5 +9,5 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        super().__init__(line if len(line) < 1000 else f"{line[:600]} ... {line[-300:]}")
+        short = message if len(message) < 1000 else f"{message[:600]} ... {message[-300:]}"
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in short))

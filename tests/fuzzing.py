@@ -1,7 +1,7 @@
 """Seeded fuzzing: mutations of bytes and of JSON values, and `attack`, which tries a reader with many of them.
 
 A target is a pair of functions: `make(random)` writes a file that is nearly right, `reader()` reads it. FUZZ_TRIES is
-the number of tries for each; a try's only randomness is that of its target's name and its number, which a failure names.
+the number of tries for each; what a try does follows from its target's name and its number, which a failure names.
 """
 
 import copy
