@@ -152,8 +152,13 @@ def load_adapter(model: LLaMA, path: str | Path) -> AdapterConfig:
     sizes = {key: settings.get(key) for key in ("prompt_length", "start_layer")}
     if not all(type(size) is int for size in sizes.values()):
         raise UserError(f"{path}: prompt_length and start_layer should be integers, are {list(sizes.values())}")
-    config = AdapterConfig(**sizes)
     tensors, _ = read_tensors(Path(path) / WEIGHTS_FILE)
+    # before memory for as many is asked for
+    wanted = {(sizes["prompt_length"], model.config.hidden_size)}
+    found = {tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".prompt")}
+    if found != wanted or not 0 <= sizes["start_layer"] < len(model.layers):
+        raise UserError(f"{path}: its prompts have shapes {found}, adapter_config.json ({sizes}) asks for {wanted}")
+    config = AdapterConfig(**sizes)
     {V1: apply_adapter, V2: apply_adapter_v2}[settings["method"]](model, config)
     copy_into(model, tensors, adapter_names(model), path)
     return config
