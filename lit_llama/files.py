@@ -21,6 +21,27 @@ MAX_JSON_BYTES = 16 * 10**6  # in memory, JSON may take thirty times as much
 MAX_TOKENIZER_BYTES = 10**8
 
 
+def read_text(file: Path, max_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, with or without BOM.
+
+    Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.
+    """
+    try:
+        size, is_other = file.stat().st_size, file.exists() and not file.is_file()
+        if is_other or size > (max_bytes or size):
+            reason = "is no file" if is_other else f"has {size:,} bytes, which is over {max_bytes:,}"
+            raise UserError(f"{file}: cannot be read ({reason})")
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}, line {line}: holds a NUL, so it is no UTF-8 text. Save it as UTF-8 first")
+    return text
+
+
 def check_file(file: Path, max_bytes: int | None = None) -> None:
     """Raise UserError unless `file` is a file, of at most `max_bytes`: opening a pipe would wait for ever."""
     if not file.is_file():
@@ -30,17 +51,6 @@ def check_file(file: Path, max_bytes: int | None = None) -> None:
         raise UserError(
             f"{file}: has {file.stat().st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
         )
-
-
-def read_text(file: Path, max_bytes: int = MAX_TOKENIZER_BYTES) -> str:
-    """The text of a file in UTF-8, byte order mark or not. Raises UserError for any other, or a larger one."""
-    check_file(file, max_bytes)
-    try:
-        return file.read_text("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}. Save it as UTF-8, or download it again") from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_llama.config import read_json
 from lit_llama.errors import UserError
-from lit_llama.files import MAX_TOKENIZER_BYTES, check_file, read_text
+from lit_llama.files import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, check_file, read_text
 
 # Put into the spelling of a special token that stands in somebody's text, so that a template's own ones remain the
 # only ones; a noncharacter of Unicode, which no text should hold. `Tokenizer.protect` adds it, `encode` drops it.
@@ -71,7 +71,7 @@ class Tokenizer:
         if isinstance(template, list):  # several named ones
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             template = _typed(named[0], "template", (str,), paths[0]) if named else None
-        self.chat_template = read_text(jinja_file) if jinja_file.exists() else template
+        self.chat_template = read_text(jinja_file, MAX_JSON_BYTES) if jinja_file.exists() else template
 
     def _load(self) -> None:
         if self.path.suffix == ".json":

@@ -209,7 +209,7 @@ def make_tokenizer(fields: dict[str, Any], config: LLaMAConfig, source: Path) ->
         words = fields.get("tokenizer.ggml.pre")
         if words not in ("smollm", "gpt-2", "llama-bpe"):
             raise UserError(f"{source}: how the tokenizer cuts words, {words!r}, is not known. {elsewhere}")
-        tokenizer_file = {"tokenizer.json": _byte_level_bpe(tokens, types, merges, words)}
+        tokenizer_file = {"tokenizer.json": _byte_level_bpe(tokens, types, merges, words, source)}
     else:
         tokenizer_file = {"tokenizer.model": _sentencepiece(fields, tokens, scores, types)}
     options = {
@@ -223,14 +223,16 @@ def make_tokenizer(fields: dict[str, Any], config: LLaMAConfig, source: Path) ->
     return tokenizer_file | {"tokenizer_config.json": json.dumps(options, indent=2).encode()}
 
 
-def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], words: str) -> bytes:
+def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], words: str, source: Path) -> bytes:
     """A `tokenizer.json`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    # Llama 3's vocabulary has words that no merges lead to
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=words == "llama-bpe"))
+    try:  # Llama 3's vocabulary has words that no merges lead to
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=words == "llama-bpe"))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"{source}: a tokenizer cannot be made of its tokens and merges ({error})") from None
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = {
