@@ -917,10 +917,10 @@ def of_adapter(**changes) -> Callable[[Path], object]:
 
 
 ADAPTERS = {
-    "10**12 prompts": (of_adapter(prompt_length=10**12), r"adapter_config.json .* asks for"),
-    "no prompts": (of_adapter(prompt_length=0), r"adapter_config.json .* asks for"),
-    "start before the first": (of_adapter(start_layer=-1), r"adapter_config.json .* asks for"),
-    "start behind the last": (of_adapter(start_layer=2), r"adapter_config.json .* asks for"),
+    "10**12 prompts": (of_adapter(prompt_length=10**12), r"prompt has shape .* asks for"),
+    "no prompts": (of_adapter(prompt_length=0), r"prompt has shape .* asks for"),
+    "start before the first": (of_adapter(start_layer=-1), r"start_layer is -1 of 2"),
+    "start behind the last": (of_adapter(start_layer=2), r"start_layer is 2 of 2"),
     "a method that is a list": (of_adapter(method=["llama_adapter"]), r"method is \['llama_adapter'\]"),
     "for another size": (of_adapter(hidden_size=64), r"hidden_size is 64, the model has 32. It is for another model"),
     "version 2 of version 1": (of_adapter(method="llama_adapter_v2"), r"has shape None, the model asks for"),
