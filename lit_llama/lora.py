@@ -295,8 +295,9 @@ def read_lora(path: Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[LoRACon
             raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
         if r != settings["r"] and not settings.get("rank_pattern"):
             raise UserError(f"{path}: {stored} has rank {r}, r in {CONFIG_FILE} is {settings['r']}")
-        if not all(part.is_floating_point() for part in parts):
-            raise UserError(f"{path}: {stored} holds {parts[0].dtype}, not floating-point numbers")
+        for part in parts:
+            if not part.is_floating_point():
+                raise UserError(f"{path}: {stored} holds {part.dtype}, not floating-point numbers")
         matching = (value for pattern, value in alphas if pattern.match(stored.removeprefix(PEFT_PREFIX)))
         scaling = next(matching, settings["lora_alpha"]) / (math.sqrt(r) if use_rslora else r)
         updates[own] = Update(parts[0], parts[1], scaling, parts[2] if use_dora else None)

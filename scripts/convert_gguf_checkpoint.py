@@ -203,6 +203,20 @@ def make_tokenizer(fields: dict[str, Any], config: LLaMAConfig, source: Path) ->
             raise UserError(f"{source}: tokenizer.ggml.{what} should be a list of {element.__name__}. {elsewhere}")
         if len(values) not in counts:
             raise UserError(f"{source}: tokenizer.ggml.{what} has {len(values)} elements for {len(tokens)} tokens")
+    if not set(types) <= set(range(1, 7)):
+        raise UserError(f"{source}: tokenizer.ggml.token_type should be from 1 to 6. {elsewhere}")
+    for name in ("bos", "eos", "unknown"):
+        index = fields.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(index) is not int or not 0 <= index < len(tokens):
+            raise UserError(f"{source}: tokenizer.ggml.{name}_token_id {index!r} is none of its {len(tokens)} tokens")
+    flags = {
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+        "tokenizer.chat_template": str,
+    }
+    for name, kind_of in flags.items():
+        if not isinstance(fields.get(name, kind_of()), kind_of):
+            raise UserError(f"{source}: {name} should be {kind_of.__name__}, not {fields[name]!r}")
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{source}: tokenizer.ggml.tokens holds a token twice. {elsewhere}")
     if kind == "gpt2":

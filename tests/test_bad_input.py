@@ -337,8 +337,14 @@ FIELDS = [
         for value in ("2", float("nan"), 0, None)
     ),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 8}), r"needs a positive number 'low_freq_factor'"),
-    *((dict(eos_token_id=value), r"eos_token_id .* none of the 384 ids") for value in ("</s>", [2, "x"], 384, -1, 1.5)),
-    *((dict(bos_token_id=value), r"bos_token_id .* none of the 384 ids") for value in (10**9, [1], True)),
+    *(
+        (dict(eos_token_id=value), r"eos_token_id .*(none of the 384 ids|should be int)")
+        for value in ("</s>", [2, "x"], 384, -1, 1.5)
+    ),
+    *(
+        (dict(bos_token_id=value), r"bos_token_id .*(none of the 384 ids|should be int)")
+        for value in (10**9, [1], True)
+    ),
     (dict(num_attention_heads=5), r"5 heads are no multiple of 2"),
     (dict(num_attention_heads=64, head_dim=None), r"head_dim 0 is odd or 0"),
     (dict(head_dim=7), r"head_dim 7 is odd"),
@@ -653,7 +659,13 @@ CASES |= {
 }
 
 
-def gguf(change: Callable[[dict, dict], object] = dict, cut: Callable[[bytes], bytes] = bytes, **options) -> Callable:
+def nothing(metadata: dict, tensors: dict) -> None:
+    pass
+
+
+def gguf(
+    change: Callable[[dict, dict], object] = nothing, cut: Callable[[bytes], bytes] = bytes, **options
+) -> Callable:
     """A GGUF file with changed metadata and tensors, of which `cut` leaves some bytes."""
 
     def breaks(place: Path) -> None:
@@ -686,10 +698,6 @@ def huge(where: bytes, skip: int) -> Callable[[Path], object]:
         return content[:start] + (2**60).to_bytes(8, "little") + content[start + 8 :]
 
     return gguf(cut=cut)
-
-
-def nothing(metadata: dict, tensors: dict) -> None:
-    pass
 
 
 DAMAGED, TOKENS = r"not a GGUF file, or cut off", "tokenizer.ggml."
@@ -736,6 +744,17 @@ GGUFS = {
         r"ggml.token_type has 300 elements for 2 tokens",
     ),
     "a token twice": (key(TOKENS + "tokens", ["a"] * 300), r"holds a token twice"),
+    "a kind of token that there is not": (
+        key(TOKENS + "token_type", [9] * 300),
+        r"ggml.token_type should be from 1 to 6",
+    ),
+    "bos beyond the tokens": (
+        gguf(
+            lambda metadata, tensors: (metadata.update({TOKENS + "tokens": ["a"]}), metadata.pop(TOKENS + "token_type"))
+        ),
+        r"ggml.bos_token_id 1 is none of its 1 tokens",
+    ),
+    "a template of numbers": (key("tokenizer.chat_template", [1]), r"tokenizer.chat_template should be str"),
     "kinds of text": (key(TOKENS + "token_type", ["1"] * 300), r"ggml.token_type should be a list of int"),
     "merges of unknown tokens": (key(TOKENS + "merges", ["zz yy"]), r"tokenizer cannot be made"),
     "merges of one token": (key(TOKENS + "merges", ["a"]), r"tokenizer cannot be made"),
@@ -885,7 +904,7 @@ LORAS = {
     "A of another shape": (some("A", lambda t: t[:, :-1].contiguous()), r"has shapes .* the model asks for"),
     "A of one dimension": (some("A", lambda t: t[0].clone()), r"has shapes .* the model asks for"),
     "rank 0": (some("A", lambda t: t[:0].clone()), r"has shapes .* the model asks for"),
-    "whole numbers": (some("B", lambda t: t.to(torch.int8)), r"holds torch.float32|holds torch.int8"),
+    "whole numbers": (some("B", lambda t: t.to(torch.int8)), r"holds torch.int8, not floating-point numbers"),
     "no B": (of_lora(lambda t: [t.pop(name) for name in list(t) if "lora_B" in name]), r"the model has no such layer"),
     "no tensors": (of_lora(dict.clear), r"holds tensors that are no LoRA|no LoRA"),
     "another method's tensors": (
