@@ -76,6 +76,12 @@ def zip_file(file: Path) -> Make:
     return make
 
 
+def survives(name: str, make: Make, read: Callable[[], object]) -> None:
+    """The whole file is read, and changed ones are attacks."""
+    read()
+    attack(name, make, read)
+
+
 def test_config(place: Path) -> None:
     def read() -> None:
         config = LLaMAConfig.from_checkpoint(place / "checkpoint")
@@ -83,7 +89,7 @@ def test_config(place: Path) -> None:
             with torch.device("meta"):
                 LLaMA(config)
 
-    assert attack("config.json", json_file(place / "checkpoint/config.json"), read)
+    survives("config.json", json_file(place / "checkpoint/config.json"), read)
 
 
 def test_safetensors(place: Path) -> None:
@@ -92,20 +98,20 @@ def test_safetensors(place: Path) -> None:
         for name in source.places:
             source.read(name)
 
-    attack("safetensors", safetensors_file(place / "checkpoint/model.safetensors"), read)
+    survives("safetensors", safetensors_file(place / "checkpoint/model.safetensors"), read)
 
 
 def test_weights(place: Path) -> None:
     """With everything from the header to the model."""
     make = safetensors_file(place / "checkpoint/model.safetensors")
-    attack("weights", make, lambda: load_model(place / "checkpoint"))
+    survives("weights", make, lambda: load_model(place / "checkpoint"))
 
 
 def test_index(place: Path) -> None:
     folder = place / "checkpoint"
     (folder / "model.safetensors").unlink()
     make_hf_model(num_key_value_heads=2).save_pretrained(folder, max_shard_size="40KB")
-    attack("index", json_file(folder / "model.safetensors.index.json"), lambda: load_model(folder))
+    survives("index", json_file(folder / "model.safetensors.index.json"), lambda: load_model(folder))
 
 
 def test_bin(tmp_path: Path) -> None:
@@ -117,7 +123,7 @@ def test_bin(tmp_path: Path) -> None:
         for tensor in load_pickled(file).values():
             tensor.to(torch.float32).sum()
 
-    attack(".bin", zip_file(file), read)
+    survives(".bin", zip_file(file), read)
 
 
 def test_meta_pth(tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_meta_pth(tmp_path: Path) -> None:
         config = script.make_config(params, shards, tmp_path, None)
         list(script.convert(shards, config, tmp_path, torch.bfloat16))
 
-    attack("meta", make, read)
+    survives("meta", make, read)
 
 
 def test_lit_pth(tmp_path: Path) -> None:
@@ -155,7 +161,7 @@ def test_lit_pth(tmp_path: Path) -> None:
         script.main(file, out, num_attention_heads=2)
         shutil.rmtree(out)
 
-    attack("lit", zip_file(file), read)
+    survives("lit", zip_file(file), read)
 
 
 @pytest.mark.parametrize("part", ["bytes", "metadata", "tensors"])
@@ -198,7 +204,7 @@ def test_gguf(tmp_path: Path, part: str) -> None:
         script.make_tokenizer(fields, config, file)
         list(script.convert(tensors, config, file, torch.bfloat16))
 
-    attack(f"GGUF's {part}", make, read)
+    survives(f"GGUF's {part}", make, read)
 
 
 def use_tokenizer(folder: Path) -> None:
@@ -209,7 +215,7 @@ def use_tokenizer(folder: Path) -> None:
 
 def test_tokenizer_json(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    attack("tokenizer.json", json_file(tmp_path / "tokenizer.json"), lambda: use_tokenizer(tmp_path))
+    survives("tokenizer.json", json_file(tmp_path / "tokenizer.json"), lambda: use_tokenizer(tmp_path))
 
 
 def test_tokenizer_model(tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_tokenizer_model(tmp_path: Path) -> None:
     save_sentencepiece(file, ["the quick brown fox jumps over the lazy dog, and then the other one"] * 8, 300)
     content = file.read_bytes()
     make = lambda random: file.write_bytes(mutate_bytes(content, random))  # noqa: E731
-    attack("tokenizer.model", make, lambda: use_tokenizer(tmp_path))
+    survives("tokenizer.model", make, lambda: use_tokenizer(tmp_path))
 
 
 def test_tokenizer_settings(tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_tokenizer_settings(tmp_path: Path) -> None:
         name = random.choice(list(contents))
         (tmp_path / name).write_bytes(json_bytes(mutate_json(contents[name], random), random))
 
-    assert attack("tokenizer_config.json", make, lambda: use_tokenizer(tmp_path))
+    survives("tokenizer_config.json", make, lambda: use_tokenizer(tmp_path))
 
 
 def layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -252,13 +258,13 @@ def test_lora_settings(place: Path) -> None:
     sizes, file = layer_sizes(place / "checkpoint"), place / "lora/adapter_config.json"
     value = json.loads(file.read_text()) | {"alpha_pattern": {"q_proj": 4, r"layers\.1\..*v_proj": 8.0}}
     file.write_text(json.dumps(value | {"rank_pattern": {}}))
-    assert attack("LoRA's settings", json_file(file), lambda: read_lora(place / "lora", sizes))
+    survives("LoRA's settings", json_file(file), lambda: read_lora(place / "lora", sizes))
 
 
 def test_lora_weights(place: Path) -> None:
     sizes = layer_sizes(place / "checkpoint")
     make = safetensors_file(place / "lora/adapter_model.safetensors")
-    attack("LoRA's weights", make, lambda: read_lora(place / "lora", sizes))
+    survives("LoRA's weights", make, lambda: read_lora(place / "lora", sizes))
 
 
 @pytest.mark.parametrize("part", ["adapter_config.json", "adapter_model.safetensors"])
@@ -272,7 +278,7 @@ def test_adapter(place: Path, part: str) -> None:
             model = LLaMA(config)
         load_adapter(model, place / "lora")
 
-    attack(f"adapter's {part}", make, read)
+    survives(f"adapter's {part}", make, read)
 
 
 def test_step_folder(tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ def test_step_folder(tmp_path: Path) -> None:
 
     state = torch.get_rng_state()
     try:
-        attack("step folder", make, read)
+        survives("step folder", make, read)
     finally:
         torch.set_rng_state(state)
 
@@ -318,14 +324,14 @@ def test_prepared_set(place: Path) -> None:
         for samples in open_prepared(folder, tokenizer, config)[:2]:
             samples.micro_batch(list(range(min(len(samples), 5))), torch.device("cpu"))
 
-    attack("prepared set", make, read)
+    survives("prepared set", make, read)
 
 
 def test_config_yaml(tmp_path: Path) -> None:
     flags = "seed: 1\ntrain:\n  epochs: 3\n  batch_size: 8\nlora:\n  targets: [q_proj, v_proj]\n  alpha: 16.0\n"
     file = tmp_path / "config.yaml"
     make = lambda random: file.write_bytes(mutate_bytes(flags.encode(), random))  # noqa: E731
-    attack("config.yaml", make, lambda: check_flags(tmp_path, flags))
+    survives("config.yaml", make, lambda: check_flags(tmp_path, flags))
 
 
 def test_a_fault_of_a_reader_is_found(tmp_path: Path) -> None:
