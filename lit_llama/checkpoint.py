@@ -135,20 +135,16 @@ def _weight_files(folder: Path) -> list[Path]:
         if not index.exists():
             continue
         weight_map = read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) and _all_text(weight_map.values()) else set()
-        if not names:
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
-        for name in sorted(names - {file.name for file in folder.iterdir() if file.is_file()}):
+        for name in sorted(set(names) - {file.name for file in folder.iterdir() if file.is_file()}):
             raise UserError(f"{index}: names {name}, which is not in this folder. Download the folder again")
         if wrong := {Path(name).suffix for name in names} - {single.suffix}:
             raise UserError(f"{index}: names files that are {min(wrong) or 'something'}, not {single.suffix}")
-        return [folder / name for name in sorted(names)]
+        return [folder / name for name in sorted(set(names))]
     hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
     raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: {hint}")
-
-
-def _all_text(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: LLaMAConfig, source: Path) -> None:

@@ -189,7 +189,7 @@ def make_tokenizer(fields: dict[str, Any], config: LLaMAConfig, source: Path) ->
     """
     kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
     elsewhere = "Put the original model's tokenizer files into a folder and give it with --tokenizer_dir"
-    if kind not in ("gpt2", "llama") or not tokens:
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         raise UserError(f"{source}: tokenizer kind {kind!r} is not supported. {elsewhere}")
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     scores, merges = (fields.get(f"tokenizer.ggml.{key}") or [] for key in ("scores", "merges"))

@@ -449,6 +449,10 @@ CASES |= {
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes() + b"\0" * 4),
         *(BASE, ASK, rf"{WEIGHTS}: damaged"),
     ),
+    "weights that are not numbers": (
+        lambda p: change_weights(p / WEIGHTS, lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        *(BASE, ASK, r"the model's logits are not numbers"),
+    ),
     "safetensors: seven bytes": (put(WEIGHTS, b"\0" * 7), BASE, ASK, rf"{WEIGHTS}: damaged"),
     "safetensors: float8": (
         lambda p: change_weights(

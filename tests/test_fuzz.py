@@ -330,6 +330,7 @@ def test_prepared_set(place: Path) -> None:
 def test_config_yaml(tmp_path: Path) -> None:
     flags = "seed: 1\ntrain:\n  epochs: 3\n  batch_size: 8\nlora:\n  targets: [q_proj, v_proj]\n  alpha: 16.0\n"
     file = tmp_path / "config.yaml"
+    file.write_text(flags)
     make = lambda random: file.write_bytes(mutate_bytes(flags.encode(), random))  # noqa: E731
     survives("config.yaml", make, lambda: check_flags(tmp_path, flags))
 
