@@ -152,8 +152,18 @@ def load_adapter(model: LLaMA, path: str | Path) -> AdapterConfig:
     sizes = {key: settings.get(key) for key in ("prompt_length", "start_layer")}
     if not all(type(size) is int for size in sizes.values()):
         raise UserError(f"{path}: prompt_length and start_layer should be integers, are {list(sizes.values())}")
-    config = AdapterConfig(**sizes)
     tensors, _ = read_tensors(Path(path) / WEIGHTS_FILE)
+    # looked at before memory for as many is asked for
+    prompts = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".prompt")}
+    wanted = (sizes["prompt_length"], model.config.hidden_size)
+    for name, shape in prompts.items():
+        if shape != wanted:
+            raise UserError(f"{path}: {name} has shape {shape}, the model asks for {wanted}. Is it for another model?")
+    if not prompts or not 0 <= sizes["start_layer"] < len(model.layers):
+        raise UserError(
+            f"{path}: start_layer is {sizes['start_layer']} of {len(model.layers)}, with {len(prompts)} prompts"
+        )
+    config = AdapterConfig(**sizes)
     {V1: apply_adapter, V2: apply_adapter_v2}[settings["method"]](model, config)
     copy_into(model, tensors, adapter_names(model), path)
     return config

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "generation_config.json"),
 )
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def load_model(
     checkpoint_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
@@ -74,7 +76,7 @@ def load_weights(
         shapes = tuple(tensor.shape), tuple(parameter.shape)
         if shapes[0] != shapes[1]:
             raise UserError(f"{checkpoint_dir}: {name} has shape {shapes[0]}, config.json asks for {shapes[1]}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOATS:
             raise UserError(f"{checkpoint_dir}: {name} holds {tensor.dtype}; quantized checkpoints are not supported")
         weight = place_like(parameter, tensor, device)
         if kind and isinstance(module, nn.Linear) and module is not model.lm_head and not parameter.requires_grad:
@@ -105,8 +107,14 @@ class WeightFiles:
                 with open_safetensors(file) as handle:
                     names = handle.keys()
             for name in names:
+                own = name.removeprefix("model.")
+                if own in self.places:
+                    other, its_name = self.places[own]
+                    raise UserError(
+                        f"{file}: has {name}, but {its_name} is in {other.name} already. Download the folder again"
+                    )
                 if not name.endswith("rotary_emb.inv_freq"):  # of old exports; it follows from the config
-                    self.places[name.removeprefix("model.")] = (file, name)
+                    self.places[own] = (file, name)
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU, memory-mapped."""
@@ -119,23 +127,33 @@ class WeightFiles:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """safetensors before `.bin`, and of each kind the index before the single file."""
+    """safetensors before `.bin`, and of each kind the single file before the index, as `transformers` does."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = folder / f"{single.name}.index.json"
-        if not index.is_file() and single.is_file():
+        if single.exists():
             return [single]
-        if not index.is_file():
+        if not index.exists():
             continue
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"{index}: has no weight_map of names to files. Download this file again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"{index}: names {name}, which is not in this folder. Download the folder again")
-        return [folder / name for name in names]
+        for name in sorted(set(names) - {file.name for file in folder.iterdir() if file.is_file()}):
+            raise UserError(f"{index}: names {name}, which is not in this folder. Download the folder again")
+        if wrong := {Path(name).suffix for name in names} - {single.suffix}:
+            raise UserError(f"{index}: names files that are {min(wrong) or 'something'}, not {single.suffix}")
+        return [folder / name for name in sorted(set(names))]
     hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
     raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin there. Download the weights: {hint}")
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], config: LLaMAConfig, source: Path) -> None:
+    """Raise UserError where `source` has a tensor, under our name, of another shape than the model of `config`."""
+    with torch.device("meta"):
+        wanted = {name: tuple(parameter.shape) for name, parameter in LLaMA(config).named_parameters()}
+    for name, shape in found.items():
+        if tuple(shape) != wanted.get(name):
+            raise UserError(f"{source}: {name} would have shape {tuple(shape)}, its sizes ask for {wanted.get(name)}")
 
 
 def save_checkpoint(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.files import replacing
+from lit_llama.files import MAX_JSON_BYTES, read_text, replacing
 
 LLAMA3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+MOST = {"num_hidden_layers": 1000, "head_dim": 10**4, "max_position_embeddings": 10**9}
+"""Bounds of sizes, others' is 10 million: damaged ones must not ask for a model that takes hours to lay out."""
 
 
 @dataclass
@@ -53,10 +55,10 @@ class LLaMAConfig:
         """Read `config.json` of a Hugging Face model folder.
 
         Raises UserError where there is none, for a model type, activation, rope kind or sliding window that this code
-        does not compute, and for a field that is missing or of the wrong type.
+        does not compute, and for a field that is missing, of the wrong type or out of bounds.
         """
         path = Path(checkpoint_dir) / "config.json"
-        if not path.is_file():
+        if not path.exists():
             hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
             raise UserError(f"{path.parent}: no config.json there. Download a model first: {hint}")
         raw = read_json(path)
@@ -67,27 +69,50 @@ class LLaMAConfig:
                 raise UserError(f"{path}: {key} {raw.get(key)!r} is not supported, only {known}")
         # transformers 5 writes `rope_parameters`, which holds rope_theta too; earlier ones `rope_scaling`
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_scaling = _checked_rope_scaling(rope, path)
-        raw = raw | ({"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {})
+        rope_theta = rope.get("rope_theta") if isinstance(rope, dict) else None
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        values |= {"rope_theta": rope_theta} if rope_theta is not None else {}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in values:
                 raise UserError(f"{path}: the field {name!r} is missing. Download this file of the model again")
-        for name, kind in ((f.name, f.type) for f in dataclasses.fields(cls) if f.type in (int, float, bool)):
-            value = values.get(name, kind(1))
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)) or value < (kind is int):
-                least = " of at least 1" if kind is int else ""
-                raise UserError(f"{path}: the field {name!r} should be {kind.__name__}{least}, not {value!r}")
-        heads = values["num_attention_heads"]
-        kv_heads = values.setdefault("num_key_value_heads", heads)
-        if heads % kv_heads or values.setdefault("head_dim", values["hidden_size"] // heads) % 2:
-            raise UserError(f"{path}: {heads} heads are no multiple of {kv_heads} key/value heads, or head_dim is odd")
-        values |= dict(
-            bos_token_id=raw.get("bos_token_id"), eos_token_id=raw.get("eos_token_id"), rope_scaling=rope_scaling
-        )
-        known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters", "dtype", "torch_dtype"}
-        values["extra"] = {key: value for key, value in raw.items() if key not in known}
-        return cls(**values)
+        values |= dict(bos_token_id=raw.get("bos_token_id"), eos_token_id=raw.get("eos_token_id"), rope_scaling=rope)
+        # `auto_map` names code in the folder; what is computed here is plain LLaMA, which needs none
+        known = {f.name for f in dataclasses.fields(cls)} | {"rope_parameters", "dtype", "torch_dtype", "auto_map"}
+        return cls.checked(path, **values, extra={key: value for key, value in raw.items() if key not in known})
+
+    @classmethod
+    def checked(cls, source: Path, **fields: Any) -> "LLaMAConfig":
+        """The config of fields that come from the file `source`, which a UserError names: one is no possible value.
+
+        Without `num_key_value_heads` and `head_dim`, these follow from the other fields.
+        """
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        for name, value in fields.items():
+            kind, most = kinds[name], MOST.get(name, 10**7)
+            if kind is bool and type(value) is not bool:
+                raise UserError(f"{source}: the field {name!r} should be bool, not {value!r}")
+            if kind is int and (type(value) is not int or not 1 <= value <= most):
+                raise UserError(
+                    f"{source}: the field {name!r} should be int of at least 1 and at most {most:,}, not {value!r}"
+                )
+            if kind is float and not is_positive(value):
+                raise UserError(f"{source}: the field {name!r} should be float of more than 0, not {value!r}")
+            fields[name] = float(value) if kind is float else value
+        hidden, heads, vocab = (fields[name] for name in ("hidden_size", "num_attention_heads", "vocab_size"))
+        kv_heads = fields.setdefault("num_key_value_heads", heads)
+        head_dim = fields.setdefault("head_dim", hidden // heads)
+        if heads % kv_heads or head_dim % 2 or head_dim < 1:
+            what = f"{heads} heads are no multiple of {kv_heads} key/value heads, or head_dim {head_dim} is odd"
+            raise UserError(f"{source}: {what} or 0")
+        bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
+        for name, ids in (("bos", [bos]), ("eos", eos if isinstance(eos, list) else [eos])):
+            for index in ids:
+                if index is not None and (type(index) is not int or not 0 <= index < vocab):
+                    raise UserError(
+                        f"{source}: {name}_token_id {index!r} is none of the {vocab:,} ids of the vocabulary"
+                    )
+        fields["rope_scaling"] = _checked_rope_scaling(fields.get("rope_scaling") or {}, source)
+        return cls(**fields)
 
     def save(self, checkpoint_dir: str | Path, dtype: object) -> None:
         """Write the `config.json` that `transformers` and `from_checkpoint` read into a folder of `dtype` weights."""
@@ -99,25 +124,42 @@ class LLaMAConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where it is missing, no UTF-8 JSON, or something else than that."""
+    """The JSON object in a file. Raises UserError as `read_text` does, and where it is something else than that."""
+    text = read_text(path, MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}). Download or write this file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, holds {type(value).__name__}")
     return value
 
 
-def _checked_rope_scaling(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's dictionary. Raises ValueError for a key that is there twice: which one is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number of more than 0 that is not beyond reason."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _checked_rope_scaling(rope: Any, path: Path) -> dict[str, Any] | None:
     """`rope` without rope_theta, or None where positions are not scaled. Raises UserError for other kinds."""
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else repr(rope)
     required = {"default": [], "linear": ["factor"], "llama3": ["factor", *list(LLAMA3_ROPE)[1:]]}
-    if kind not in required:
+    if kind not in list(required):  # which may be no text
         raise UserError(f"{path}: rope type {kind!r} is not supported. Supported: {', '.join(required)}")
     for key in required[kind]:
-        if not isinstance(rope.get(key), (int, float)) or isinstance(rope.get(key), bool) or rope[key] <= 0:
+        if not is_positive(rope.get(key)):
             raise UserError(f"{path}: rope type {kind!r} needs a positive number {key!r}, found {rope.get(key)!r}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"{path}: rope type 'llama3' needs a low_freq_factor below its high_freq_factor")
     return None if kind == "default" else {"rope_type": kind} | {key: rope[key] for key in required[kind]}
 
 

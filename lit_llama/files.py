@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +17,51 @@ from torch import Tensor
 from lit_llama.errors import UserError
 
 MAX_FILE_BYTES = 5 * 10**9
+MAX_JSON_BYTES = 16 * 10**6  # in memory, JSON may take thirty times as much
+MAX_TOKENIZER_BYTES = 10**8
+
+
+def read_text(file: Path, max_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, with or without BOM.
+
+    Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.
+    """
+    try:
+        size, is_other = file.stat().st_size, file.exists() and not file.is_file()
+        if is_other or size > (max_bytes or size):
+            reason = "is no file" if is_other else f"has {size:,} bytes, which is over {max_bytes:,}"
+            raise UserError(f"{file}: cannot be read ({reason})")
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}, line {line}: holds a NUL, so it is no UTF-8 text. Save it as UTF-8 first")
+    return text
+
+
+def check_file(file: Path, max_bytes: int | None = None) -> None:
+    """Raise UserError unless `file` is a file, of at most `max_bytes`: opening a pipe would wait for ever."""
+    if not file.is_file():
+        reason = "missing" if not os.path.lexists(file) else "a folder" if file.is_dir() else "no regular file"
+        raise UserError(f"{file}: cannot be read, is {reason}. Download or write it again")
+    if max_bytes and file.stat().st_size > max_bytes:
+        raise UserError(
+            f"{file}: has {file.stat().st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
+        )
 
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """`safe_open` for reading on the CPU. Raises UserError where the file is missing, cut off or malformed."""
+    check_file(file)
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged or cut off ({error})"
-        raise UserError(f"{file}: {reason}. Download or write it again") from None
+        raise UserError(f"{file}: damaged or cut off ({error}). Download or write it again") from None
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -43,16 +78,35 @@ def header_template(file: Path) -> str | None:
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` or `.pth`, memory-mapped. Raises UserError for others."""
+    check_file(file)
     try:
+        _check_archive(file)
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{file}: refused, its pickle holds more than tensors (it could run code)") from None
     except Exception as error:  # torch raises a dozen kinds for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: damaged or cut off ({reason}). Download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{file}: should hold named tensors and nothing else")
+    for name, tensor in tensors.items():
+        # neither sparse, quantized, without data, nor larger than what the file holds for it
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise UserError(f"{file}: should hold named tensors and nothing else, {name} is another kind")
+        if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: damaged, {name} is larger than what the file holds for it. Download it again")
     return tensors
+
+
+def _check_archive(file: Path) -> None:
+    """Raise ValueError for a `.bin` or `.pth` that would be larger in memory: torch itself compresses nothing."""
+    if zipfile.is_zipfile(file):  # else torch says what it is
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("compressed")
+        if sum(part.file_size for part in parts) > file.stat().st_size:
+            raise ValueError("its parts are larger than itself")
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:

@@ -179,7 +179,7 @@ def speculate(
         while len(proposed) < min(num_draft, end - known - 1) and known > seq:
             unseen = torch.tensor([(ids + [token for token, _ in proposed])[draft_cache.longest :]], device=device)
             guess = probabilities(draft(unseen, kv_cache=draft_cache)[:, -1], sampling)  # (1, vocab)
-            proposed.append((int(torch.multinomial(guess, 1, generator=generator)), guess[0]))
+            proposed.append((int(draw(guess, generator)), guess[0]))
         block = torch.tensor([ids[cache.longest :] + [token for token, _ in proposed]], device=device)
         wanted = probabilities(model(block, kv_cache=cache)[0, -len(proposed) - 1 :], sampling)  # (proposed + 1, vocab)
         for (token, guess), want in zip(proposed, wanted, strict=False):
@@ -193,7 +193,7 @@ def speculate(
             want = wanted[-1]
         for kept in (cache, draft_cache):
             kept.rewind([min(kept.longest, len(ids))])
-        ids.append(int(torch.multinomial(want, 1, generator=generator)))
+        ids.append(int(draw(want[None], generator)))
         yield torch.tensor(ids[-1:], device=device)
 
 
@@ -219,7 +219,18 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """Draw (batch,) token ids from (batch, vocab) logits."""
     if sampling.temperature == 0:
         return logits.max(-1).indices  # on the CPU ahead of argmax in bf16
-    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)[:, 0]
+    return draw(probabilities(logits, sampling), generator)
+
+
+def draw(chances: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One (batch,) of each row of (batch, vocab). Raises UserError where the model computes no numbers, on the CPU."""
+    try:
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        hint = "Its weights are damaged, or it needs --precision 32-true"
+        raise UserError(f"the model's logits are not numbers (NaN). {hint}") from None
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

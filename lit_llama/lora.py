@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama import fast
-from lit_llama.config import LLaMAConfig
+from lit_llama.config import LLaMAConfig, is_positive
 from lit_llama.dropout import token_dropout, token_mask
 from lit_llama.errors import UserError
 from lit_llama.files import read_tensors
@@ -279,6 +279,7 @@ def read_lora(path: Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[LoRACon
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
     stored_names = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
     use_rslora, use_dora = (bool(settings.get(key)) for key in ("use_rslora", "use_dora"))
+    alphas = [(_layer_pattern(key, path), alpha) for key, alpha in (settings.get("alpha_pattern") or {}).items()]
     updates = {}
     for stored in stored_names:
         own = stored.removeprefix(PEFT_PREFIX).removeprefix("model.")
@@ -287,20 +288,37 @@ def read_lora(path: Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[LoRACon
             parts.append(tensors.pop(f"{stored}.lora_magnitude_vector", None))
         if own not in sizes or any(part is None for part in parts):
             raise UserError(f"{path}: has a LoRA for {stored}, the model has no such layer. It is for another model")
-        (out_features, in_features), r = sizes[own], parts[0].shape[0] if parts[0].dim() else 0
+        (out_features, in_features), r = sizes[own], max(parts[0].shape[0] if parts[0].dim() else 0, 1)
         found = [tuple(part.shape) for part in parts]
         wanted = [(r, in_features), (out_features, r), (out_features,)][: len(parts)]
         if found != wanted:
             raise UserError(f"{path}: {stored} has shapes {found}, the model asks for {wanted}")
-        alphas = (settings.get("alpha_pattern") or {}).items()  # regular expressions of layers with another alpha
-        matching = (value for key, value in alphas if re.match(rf"(.*\.)?({key})$", stored.removeprefix(PEFT_PREFIX)))
+        if r != settings["r"] and not settings.get("rank_pattern"):
+            raise UserError(f"{path}: {stored} has rank {r}, r in {CONFIG_FILE} is {settings['r']}")
+        for part in parts:
+            if not part.is_floating_point():
+                raise UserError(f"{path}: {stored} holds {part.dtype}, not floating-point numbers")
+        matching = (value for pattern, value in alphas if pattern.match(stored.removeprefix(PEFT_PREFIX)))
         scaling = next(matching, settings["lora_alpha"]) / (math.sqrt(r) if use_rslora else r)
         updates[own] = Update(parts[0], parts[1], scaling, parts[2] if use_dora else None)
-    if tensors:
+    if tensors or not updates:
         raise UserError(f"{path}: holds tensors that are no LoRA of a linear layer: {', '.join(sorted(tensors)[:3])}")
     targets = tuple(dict.fromkeys(stored.rpartition(".")[2] for stored in stored_names))
-    options = (settings.get("lora_dropout", 0.0), targets, use_rslora, use_dora)
+    options = (settings.get("lora_dropout") or 0.0, targets, use_rslora, use_dora)
     return LoRAConfig(settings["r"], settings["lora_alpha"], *options), updates
+
+
+def _layer_pattern(key: str, path: Path) -> re.Pattern:
+    """A layer's name in PEFT's `alpha_pattern`, which may be a regular expression. Raises UserError for a bad one.
+
+    One with many repeats, or a group repeated, may take years to match, and is refused.
+    """
+    if len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key):
+        raise UserError(f"{path / CONFIG_FILE}: the pattern {key!r} in alpha_pattern repeats too much")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{path / CONFIG_FILE}: {key!r} in alpha_pattern is no pattern ({error})") from None
 
 
 def read_lora_settings(path: Path) -> dict[str, Any]:
@@ -316,7 +334,17 @@ def read_lora_settings(path: Path) -> dict[str, Any]:
     for key in unsupported:
         if settings.get(key) and settings[key] != "none":
             raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
-            raise UserError(f"{file}: {key} should be a positive number, is {settings.get(key)!r}")
+    for key in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise UserError(f"{file}: {key} should be an object of layers, is {settings[key]!r}")
+    alphas, dropout = settings.get("alpha_pattern") or {}, settings.get("lora_dropout") or 0.0
+    for value in (settings.get("lora_alpha"), *alphas.values()):
+        if not is_positive(value):
+            raise UserError(f"{file}: lora_alpha and alpha_pattern should have positive numbers, not {value!r}")
+    if type(settings.get("r")) is not int or settings["r"] < 1:
+        raise UserError(f"{file}: r should be a positive integer, is {settings.get('r')!r}")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(f"{file}: lora_dropout should be a number from 0 to less than 1, is {dropout!r}")
+    if not isinstance(settings.get("target_modules") or [], (str, list)):
+        raise UserError(f"{file}: target_modules should be text or a list, is {settings['target_modules']!r}")
     return settings

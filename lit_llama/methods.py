@@ -4,6 +4,7 @@ A method that wraps a module calls it `base`; without that word the names are th
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def save_method(path: str | Path, settings: dict[str, Any], tensors: Mapping[str
 def read_settings(path: str | Path, key: str, kinds: tuple[str, ...], script: str) -> dict[str, Any]:
     """`adapter_config.json` of the folder `path`, with one of `kinds` under `key`. Raises UserError for another."""
     file = Path(path) / CONFIG_FILE
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{path}: no {CONFIG_FILE} there. Train one: python {script} --out_dir {path}")
     settings = read_json(file)
     if settings.get(key) not in kinds:
@@ -87,11 +88,11 @@ def training_template(path: str | Path) -> str | None:
 def base_folder(path: str | Path) -> Path:
     """The folder of the base model that a method's folder names. Raises UserError where it is not on this machine."""
     file = Path(path) / CONFIG_FILE
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{path}: no {CONFIG_FILE} there. Train one with finetune/*.py --out_dir {path}")
     base = read_json(file).get("base_model_name_or_path")
     for folder in (base, f"checkpoints/{base}"):
-        if isinstance(base, str) and base and Path(folder).is_dir():
+        if isinstance(base, str) and base and os.path.isdir(folder):  # Path.is_dir raises for names too long
             return Path(folder)
     raise UserError(f"{path}: its base model {base!r} is no folder here. Give the base with --checkpoint_dir")
 
@@ -107,4 +108,6 @@ def copy_into(model: LLaMA, tensors: Mapping[str, Tensor], names: Iterable[str],
             shapes = f"{name} has shape {found.get(name)}, the model asks for {wanted.get(name)}"
             raise UserError(f"{path}: {shapes}. It is for another model, or damaged")
     for name in wanted:
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{path}: {name} holds {tensors[name].dtype}, not floating-point numbers")
         parameters[name].copy_(tensors[name])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_llama.config import read_json
 from lit_llama.distributed import local_part, local_rows
 from lit_llama.errors import UserError
-from lit_llama.files import cut_into_files, open_safetensors, replacing, save_tensors
+from lit_llama.files import MAX_JSON_BYTES, cut_into_files, open_safetensors, read_text, replacing, save_tensors
 
 METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_second,peak_memory_bytes"
 FREE_FLAGS = re.compile(
@@ -42,7 +42,11 @@ class Progress:
 
 def check_flags(out_dir: Path, flags: str) -> None:
     """Raise UserError where a run would go on with flags that do not fit the state in `out_dir`."""
-    old, new = (flatten(yaml.safe_load(text) or {}) for text in ((out_dir / "config.yaml").read_text("utf-8"), flags))
+    file = out_dir / "config.yaml"
+    try:
+        old, new = (flatten(dict(yaml.safe_load(text) or {})) for text in (read_text(file, MAX_JSON_BYTES), flags))
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({error}). Start anew in another --out_dir") from None
     for name in sorted(old.keys() & new.keys()):
         if old[name] != new[name] and not FREE_FLAGS.fullmatch(name):
             changed = f"--{name} was {old[name]!r} when this run began, now it is {new[name]!r}"
@@ -98,17 +102,23 @@ def load_state(
     folder: Path, fabric: Fabric, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Read what `save_state` wrote, on whatever number of processes. Raises UserError: damaged, or another model's."""
+
+    def damaged(what: str) -> UserError:
+        return UserError(f"{folder}: damaged, {what}. Remove this folder and resume again")
+
     state = read_json(folder / "state.json")
     if state.get("shapes") != {name: list(parameter.shape) for name, parameter in trained.items()}:
         raise UserError(f"{folder}: is of another model or other method flags. Resume with those of config.yaml")
     files: dict[str, list[tuple[int, Path]]] = {}  # name -> its pieces: first row, file
-    rows_found: dict[str, int] = {}
+    shapes: dict[str, list[tuple[int, list[int]]]] = {}  # name -> its pieces: first row, shape
     for file in sorted(folder.glob("state-*.safetensors")):
         with open_safetensors(file) as handle:
             for stored in handle.keys():  # noqa: SIM118
                 name, _, first = stored.rpartition("@")
+                if not re.fullmatch(r"[0-9]{1,15}", first):
+                    raise damaged(f"{file.name} holds {stored}")
                 files.setdefault(name, []).append((int(first), file))
-                rows_found[name] = rows_found.get(name, 0) + sum(handle.get_slice(stored).get_shape()[:1])
+                shapes.setdefault(name, []).append((int(first), handle.get_slice(stored).get_shape()))
 
     def read(name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or those rows of it, put together from their pieces."""
@@ -126,8 +136,19 @@ def load_state(
     keys = {name.partition("/")[2] for name in files if not name.startswith("rng/")} - {""}
     for name, parameter in trained.items():  # all processes see the same hole, whoever's rows they are
         for stored in (name, *(f"{name}/{key}" for key in keys if key != "step")):
-            if rows_found.get(stored) != len(parameter):
-                raise UserError(f"{folder}: damaged, {stored} is not all there. Remove this folder and resume again")
+            rows = 0
+            for first, shape in sorted(shapes.get(stored, [])):
+                if first != rows or shape[1:] != list(parameter.shape[1:]) or not shape:
+                    raise damaged(f"{stored} has other rows")
+                rows += shape[0]
+            if rows != len(parameter):
+                raise damaged(f"{stored} is not all there")
+        if "step" in keys and shapes.get(f"{name}/step") != [(0, [])]:
+            raise damaged(f"{name}/step is not all there")
+    progress = {name: state.get(name) for name in Progress.__annotations__}
+    for name, kind in Progress.__annotations__.items():
+        if not isinstance(progress[name], kind) or (kind is int and progress[name] < 0):
+            raise damaged(f"state.json has {progress[name]!r} for {name}")
     for name, parameter in trained.items():
         rows, state_of = local_rows(parameter), optimizer.state[parameter]
         state_of |= {key: torch.empty_like(parameter) for key in keys if key != "step"}
@@ -137,10 +158,13 @@ def load_state(
         if "step" in keys:
             state_of["step"] = read(f"{name}/step").to(fabric.device)
     if (own := f"rng/cpu/{fabric.global_rank}") in files:
-        torch.set_rng_state(read(own))
+        try:
+            torch.set_rng_state(read(own))
+        except (RuntimeError, TypeError):  # which is what torch says of a state that is none
+            raise damaged(f"{own} is no random state") from None
     if fabric.device.type == "cuda" and (own := f"rng/cuda/{fabric.global_rank}") in files:
         torch.cuda.set_rng_state(read(own), fabric.device)
-    return Progress(**{name: state.get(name) for name in Progress.__annotations__})
+    return Progress(**progress)
 
 
 def checkpoints(out_dir: Path) -> list[Path]:

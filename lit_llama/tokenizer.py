@@ -4,9 +4,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_llama.config import read_json
 from lit_llama.errors import UserError
+from lit_llama.files import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, check_file, read_text
 
 # Put into the spelling of a special token that stands in somebody's text, so that a template's own ones remain the
 # only ones; a noncharacter of Unicode, which no text should hold. `Tokenizer.protect` adds it, `encode` drops it.
@@ -28,37 +30,48 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
         folder = Path(checkpoint_dir)
-        files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+        files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
         if not files:
             hint = "python scripts/download.py --repo_id ... (see howto/download_weights.md)"
             raise UserError(f"{folder}: no tokenizer.json and no tokenizer.model there. Download the folder: {hint}")
         self.path = files[0]
+        check_file(self.path, MAX_TOKENIZER_BYTES)
         try:
             self._load()
         except Exception as error:  # both libraries raise bare Exception and RuntimeError
-            raise UserError(f"{self.path}: not a tokenizer ({str(error).splitlines()[0]}). Download it again") from None
-        paths = (folder / name for name in ("tokenizer_config.json", "config.json", "added_tokens.json"))
-        options, config, added = (read_json(path) if path.is_file() else {} for path in paths)
+            raise UserError(f"{self.path}: not a tokenizer ({error}). Download it again") from None
+        settings, paths = {}, [folder / name for name in ("tokenizer_config.json", "config.json", "added_tokens.json")]
+        for path in paths:
+            settings[path.name] = read_json(path) if path.exists() else {}
+        options, config, added = settings.values()
+        if not all(type(index) is int and 0 <= index < 2**31 for index in added.values()):
+            raise UserError(f"{paths[2]}: should hold tokens and their ids, such as {{'<pad>': 32000}}")
         if self.path.suffix == ".model":
             self.specials |= added
             self.vocab_size = max(self.vocab_size, *(index + 1 for index in self.specials.values()))
-        spellings = sorted(map(re.escape, self.specials), key=len, reverse=True)
+        spellings = sorted(map(re.escape, filter(None, self.specials)), key=len, reverse=True)
         self._special_pattern = re.compile("(" + ("|".join(spellings) or "(?!)") + ")")  # (?!) never matches
-        if self.vocab_size > (config.get("vocab_size") or self.vocab_size):
+        embedding = _typed(config, "vocab_size", (int,), paths[1])
+        if self.vocab_size > (embedding or self.vocab_size):
             raise UserError(
-                f"{self.path}: has {self.vocab_size} tokens, the model's embedding only {config['vocab_size']} "
+                f"{self.path}: has {self.vocab_size} tokens, the model's embedding only {embedding} "
                 "(vocab_size in config.json). Use the tokenizer that came with the model"
             )
         self.bos_id, self.eos_id = (
-            self._id_of(options.get(f"{name}_token"), self._own_ids.get(name), config.get(f"{name}_token_id"))
+            self._id_of(
+                _typed(options, f"{name}_token", (str, dict), paths[0]),
+                self._own_ids.get(name),
+                _typed(config, f"{name}_token_id", (int, list), paths[1]),
+            )
             for name in ("bos", "eos")
         )
-        adds_bos = options.get("add_bos_token")
+        adds_bos = _typed(options, "add_bos_token", (bool,), paths[0])
         self.adds_bos = self.bos_id is not None and (self._starts_with(self.bos_id) if adds_bos is None else adds_bos)
-        jinja_file, template = folder / "chat_template.jinja", options.get("chat_template")
+        jinja_file, template = folder / "chat_template.jinja", _typed(options, "chat_template", (str, list), paths[0])
         if isinstance(template, list):  # several named ones
-            template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-        self.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else template
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = _typed(named[0], "template", (str,), paths[0]) if named else None
+        self.chat_template = read_text(jinja_file, MAX_JSON_BYTES) if jinja_file.exists() else template
 
     def _load(self) -> None:
         if self.path.suffix == ".json":
@@ -94,11 +107,14 @@ class Tokenizer:
     def _id_of(self, token: str | dict | None, own: int | None, fallback: int | list | None) -> int | None:
         """A token's id from tokenizer_config.json's spelling, else SentencePiece's own, else config.json's."""
         spelling = token.get("content") if isinstance(token, dict) else token
-        if spelling in self.specials:
+        if isinstance(spelling, str) and spelling in self.specials:
             return self.specials[spelling]
         if own is not None and own >= 0:
             return own
-        return next(iter(fallback), None) if isinstance(fallback, list) else fallback
+        index = next(iter(fallback), None) if isinstance(fallback, list) else fallback
+        if index is not None and (type(index) is not int or index < 0):
+            raise UserError(f"{self.path.parent / 'config.json'}: {index!r} is no token id")
+        return index
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text. Raises UserError for a lone surrogate in it, and where there is no BOS or EOS to put.
@@ -140,3 +156,11 @@ class Tokenizer:
     def sha256(self) -> str:
         """Of the tokenizer file: prepared data and model must agree on it."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def _typed(options: dict[str, Any], key: str, kinds: tuple[type, ...], file: Path) -> Any:
+    """The option `key` of a file, None where it has none. Raises UserError for one that is of no such type."""
+    value = options.get(key)
+    if value is not None and type(value) not in kinds:
+        raise UserError(f"{file}: {key} should be {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}")
+    return value

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import save_checkpoint, tokenizer_files
+from lit_llama.checkpoint import check_shapes, save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.distributed import inference_dtype
 from lit_llama.files import check_new_folder, load_pickled
@@ -53,20 +53,19 @@ def main(
     check_new_folder(out_dir)
     tensors = load_pickled(source)
     for name in ("transformer.wte.weight", "transformer.h.0.mlp.c_fc1.weight"):
-        if name not in tensors:
-            raise UserError(f"{source}: has no {name}, so it is no Lit-LLaMA model")
+        if name not in tensors or tensors[name].dim() != 2:
+            raise UserError(f"{source}: has no {name} with two dimensions, so it is no Lit-LLaMA model")
     vocab, hidden = tensors["transformer.wte.weight"].shape
     heads = num_attention_heads or hidden // 128
     if heads < 1 or hidden % heads:
         raise UserError(f"{source}: {hidden} features are no multiple of {heads} heads. Give --num_attention_heads")
-    config = LLaMAConfig(
+    config = LLaMAConfig.checked(
+        source,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=tensors["transformer.h.0.mlp.c_fc1.weight"].size(0),
         num_hidden_layers=sum(name.endswith("rms_1.scale") for name in tensors),
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden // heads,
         rms_norm_eps=1e-5,  # what Lit-LLaMA computed with
     )
     files = tokenizer_files(find_tokenizer(source.parent, tokenizer_dir))
@@ -85,6 +84,13 @@ def convert(
     wrong = places.keys() ^ (tensors.keys() - buffers)
     if wrong:
         raise UserError(f"{source}: {min(wrong)} is missing or is no part of a Lit-LLaMA model")
+    shapes = {}
+    for lit, name in places.items():
+        shape, parts = tuple(tensors[lit].shape), "qkv" if "{}" in name else " "
+        if not tensors[lit].is_floating_point() or (len(parts) == 3 and (not shape or shape[0] % 3)):
+            raise UserError(f"{source}: {lit} has shape {shape} of {tensors[lit].dtype}, which is no weight of a LLaMA")
+        shapes |= {name.format(part): (shape[0] // 3, *shape[1:]) if len(parts) == 3 else shape for part in parts}
+    check_shapes(shapes, config, source)
     for lit, name in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
         if "{}" not in name:
             yield name, tensors[lit].to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import save_checkpoint, tokenizer_files
+from lit_llama.checkpoint import check_shapes, save_checkpoint, tokenizer_files
 from lit_llama.cli import run
 from lit_llama.config import LLAMA3_ROPE, read_json
 from lit_llama.distributed import inference_dtype
@@ -80,7 +80,9 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], source: Path, con
         embedding, gate = (shards[0][name] for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"))
     except KeyError as error:
         raise UserError(f"{source}: {error.args[0]!r} is missing in params.json or the first .pth") from None
-    theta = float(params.get("rope_theta", 10000.0))
+    if type(hidden) is not int or embedding.dim() != 2 or gate.dim() != 2:
+        raise UserError(f"{source}: dim in params.json ({hidden!r}) is no size, or the .pth's embedding no matrix")
+    theta = params.get("rope_theta") or 10000.0
     llama3 = theta == 500_000.0
     # params.json holds no context and no rope factor; these tell the published models apart
     scaled = bool(params.get("use_scaled_rope"))
@@ -88,22 +90,24 @@ def make_config(params: dict, shards: list[dict[str, Tensor]], source: Path, con
     # but for the 65B, Llama 1 has another eps than Llama 2, whose largest has grouped queries
     llama1 = eps == 1e-6 or (hidden == 8192 and not params.get("n_kv_heads"))
     head = shards[0].get("output.weight")
-    return LLaMAConfig(
-        # Llama 1 and 2 cut the embedding along the hidden dimension, Llama 3 along the vocabulary
-        vocab_size=embedding.size(0) * (1 if embedding.size(1) < hidden else len(shards)),
+    # Llama 1 and 2 cut the embedding along the hidden dimension, Llama 3 along the vocabulary
+    vocab = embedding.size(0) * (1 if embedding.size(1) < hidden else len(shards))
+    bos, eos = (128000, 128001) if llama3 else (1, 2)
+    return LLaMAConfig.checked(
+        source / "params.json",
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=gate.size(0) * len(shards),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=params.get("n_kv_heads") or heads,
-        head_dim=hidden // heads,
         max_position_embeddings=context or (131072 if scaled else 8192 if llama3 else 2048 if llama1 else 4096),
         rms_norm_eps=eps,
         rope_theta=theta,
-        rope_scaling=LLAMA3_ROPE | {"factor": float(factor)} if scaled else None,
+        rope_scaling=LLAMA3_ROPE | {"factor": factor} if scaled else None,
         tie_word_embeddings=head is None or (head.shape == embedding.shape and torch.equal(head, embedding)),
-        bos_token_id=128000 if llama3 else 1,
-        eos_token_id=128001 if llama3 else 2,
+        bos_token_id=bos if bos < vocab else None,
+        eos_token_id=eos if eos < vocab else None,
     )
 
 
@@ -119,10 +123,18 @@ def convert(
     if surplus or missing:
         what = f"unknown tensors, such as {min(surplus)}" if surplus else f"no tensor {min(missing)}"
         raise UserError(f"{source}: {what}. Only LLaMA's text models are supported")
+    if shards[0]["tok_embeddings.weight"].size(1) == config.hidden_size:
+        places["tok_embeddings.weight"] = ("embed_tokens.weight", 0)
+    shapes = {}
+    for meta, (name, dim) in places.items():
+        parts = [shard[meta] for shard in shards]
+        shape = list(parts[0].shape)
+        if any(list(part.shape) != shape or not part.is_floating_point() for part in parts) or len(shape) <= (dim or 0):
+            raise UserError(f"{source}: {meta} is {shape} of {parts[0].dtype} in one .pth, which is no part of a LLaMA")
+        shapes[name] = tuple(size * (len(parts) if at == dim else 1) for at, size in enumerate(shape))
+    check_shapes(shapes, config, source)
     for meta, (name, dim) in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
         parts = [shard[meta] for shard in shards]
-        if meta == "tok_embeddings.weight":
-            dim = 1 if parts[0].size(1) < config.hidden_size else 0
         tensor = parts[0] if dim is None else torch.cat(parts, dim)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

@@ -1,7 +1,7 @@
 """The tables of bad input: how a case is set up and run, and what must hold for each.
 
-A case is `(what breaks it, the script, its flags, what the line says, the exit status)`; `{}` in the flags is the folder
-that `place` makes. Tables are in test_bad_input.py (models) and test_bad_calls.py (records, flags, folders).
+A case is `(what breaks it, the script, its flags, what the line says, the exit status)`; `{}` in the flags is the
+folder that `place` makes. Tables are in test_bad_input.py (models) and test_bad_calls.py (records, flags, folders).
 """
 
 import json
