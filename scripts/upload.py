@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-from download import files_needed
+from download import files_needed, refuse_plain_http
 
 from lit_llama import UserError
 from lit_llama.adapter import V1, V2
@@ -107,6 +107,7 @@ def main(
         return
     if token is None and get_token() is None:
         raise UserError(f"{repo_id}: there is no token. {TOKEN_HINT}")
+    refuse_plain_http()
     api = HfApi(token=token)
     try:
         card.validate()  # before there is a repository
@@ -178,6 +179,9 @@ def files_of(result: Result) -> dict[str, Path | bytes]:
     names = [*files_needed(own), *(name for name in (CARD, FLAGS, METRICS) if name in own)]
     if result.kind == "LoRA" and (path / "adapter").is_dir():  # that was trained with it
         names += [f"adapter/{CONFIG_FILE}", f"adapter/{WEIGHTS_FILE}"]
+    for name in names:
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{path / name}: is a link out of this folder. Put the file itself there, or remove it")
     files: dict[str, Path | bytes] = {name: path / name for name in names}
     for name in names:
         if name.endswith("config.json"):
