@@ -152,7 +152,10 @@ def read_result(path: Path, base_model: str | None) -> Result:
     needed = ("config.json", "model.safetensors*") if kind == "model" else (CONFIG_FILE, WEIGHTS_FILE)
     if kind not in ("LoRA", V1, V2, "model") or not all(any(path.glob(pattern)) for pattern in needed):
         raise UserError(f"{path}: holds no LoRA, adapter or model; a run leaves its result there at its end")
-    flags = yaml.safe_load((path / FLAGS).read_text("utf-8")) if (path / FLAGS).is_file() else {}
+    try:
+        flags = (yaml.safe_load((path / FLAGS).read_text("utf-8")) if (path / FLAGS).is_file() else {}) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path / FLAGS}: not the YAML of a run ({one_line(error)})") from None
     recorded = settings.get("base_model_name_or_path") or flags.get("checkpoint_dir")
     base = base_model or hub_name(recorded)
     if settings and base is None:
