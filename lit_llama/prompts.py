@@ -119,8 +119,6 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template. Use --template alpaca, chatml, llama3 or none")
     file = next((file for file in [folder / "chat_template.jinja"] if file.is_file()), folder / "tokenizer_config.json")
-    if not isinstance(tokenizer.chat_template, str):
-        raise UserError(f"{file}: chat_template should be text. Use --template alpaca, chatml, llama3 or none")
 
     def fail(reason: str) -> None:
         raise TemplateError(reason)

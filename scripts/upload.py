@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 CARD, FLAGS, METRICS = "README.md", "config.yaml", "metrics.csv"
-TOKEN_HINT = "Make one that may write at https://huggingface.co/settings/tokens, then run: hf auth login"
+TOKEN_HINT = "Make one that may write at https://huggingface.co/settings/tokens, then run: hf auth login"  # noqa: S105 it is none
 LOCAL_PATH = re.compile(r"(^|[:=\s])[/~]|(^|/)\.\.(/|$)")
 """In a flag: a path that is absolute or leaves the folder, or an address. They name users, disks and servers."""
 NOT_THE_RECIPE = re.compile(
