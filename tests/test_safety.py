@@ -439,7 +439,7 @@ def test_no_chat_template_gets_out(tmp_path: Path, escape: str) -> None:
 def test_most_of_these_get_out_of_plain_jinja(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('"added_tokens"')
     loader = jinja2.FileSystemLoader([tmp_path, "/"])
-    environment = jinja2.Environment(loader=loader, extensions=["jinja2.ext.do"])  # noqa: S701
+    environment = jinja2.Environment(loader=loader, extensions=["jinja2.ext.do"])
     out = 0
     for number, escape in enumerate(ESCAPES):
         marker, turns = tmp_path / f"marker{number}", [{"role": "user", "content": "Hi"}]
