@@ -147,8 +147,7 @@ def _whole(kind: Any, texts: list[str]) -> str:
     items = []
     for text in texts:
         try:
-            # BaseLoader makes nothing but text, lists and dictionaries
-            items += yaml.load(text, yaml.BaseLoader) if re.fullmatch(r"\[.*\]", text, re.DOTALL) else [text]  # noqa: S506
+            items += yaml.load(text, yaml.BaseLoader) if re.fullmatch(r"\[.*\]", text, re.DOTALL) else [text]
         except yaml.YAMLError:
             items.append(text)
     return _yaml(items)

@@ -558,7 +558,7 @@ def test_no_yaml_runs_code(tmp_path: Path, tiny_checkpoint: Path, refused: Calla
     attack, config = attack.replace(MARKER, str(marker)), tmp_path / "config.yaml"
     for text in (attack, f"prompt: {attack}", f"lora_path: [{attack}]", f"{attack}: 1"):
         config.write_text(text)
-        assert f"--config {config}: not YAML" in refused(LORA, "--config", config)
+        assert f"--config {config}" in refused(LORA, "--config", config)
     for flag in ("--lora_path", "--prompt"):
         line = refused(LORA, flag, f"[{attack}]", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", "2")
         assert line
@@ -676,6 +676,7 @@ NEVER = re.compile(
     r"(np|numpy)\.load|torch\.(jit|hub)\.load|torch\.package\.\w+|runpy\.\w+|code\.\w+|"
     r"\w*\.extractall|shutil\.unpack_archive|ssl\._create_unverified_context|(.*\.)?(Environment|Template)\.from_string"
 )
+SAFE_LOADERS = ("yaml.BaseLoader", "yaml.SafeLoader", "_Words", "_Values")  # flags.py's own are made from these
 EXPLAINED = {
     # its template is the page.html beside it, and what it shows is escaped
     ("evaluate/compare.py", "Environment"),
@@ -701,7 +702,7 @@ def faults(tree: ast.AST) -> list[str]:
             found.append(name)
         if given.get("verify", "True") != "True":
             found.append(name)
-        if name == "yaml.load" and ast.unparse(call.args[1]) not in ("yaml.BaseLoader", "yaml.SafeLoader"):
+        if name == "yaml.load" and ast.unparse(call.args[1]) not in SAFE_LOADERS:
             found.append(name)
         if name.rpartition(".")[2] == "Environment":
             found.append(name)
