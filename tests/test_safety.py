@@ -206,7 +206,7 @@ def by_persistent_id(value: object) -> bytes:
 
 def by_memo(value: object) -> bytes:
     """The attack in protocol 5, with frames, memo and names from the stack."""
-    body = b"\x80\x05\x95" + (len(opcodes(value)) + 5).to_bytes(8, "little") + opcodes(value) + b"\x94h\x00."
+    body = b"\x80\x05\x95" + (len(opcodes(value)) + 4).to_bytes(8, "little") + opcodes(value) + b"\x94h\x00."
     return in_zip(0, {"data.pkl": body})
 
 
