@@ -1,13 +1,21 @@
 """Prompt templates: from a record to the text that the model reads before it answers, and the token that ends it."""
 
 import re
-from collections.abc import Callable
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer
+
+MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5.0, 2**28, 10**6
+"""What a folder's chat template may take to render: time, memory, and characters beside those of the messages."""
 
 Messages = list[dict[str, str]]
 """Turns of a conversation: `role` ("system", "user" or "assistant"), `content`, and for Alpaca records `input`."""
@@ -103,13 +111,14 @@ def _only_user_message(messages: Messages, template: str) -> dict[str, str]:
 
 
 def _folder_template(tokenizer: Tokenizer) -> Template:
-    """The Jinja chat template of the checkpoint folder, run in a sandbox."""
+    """The Jinja chat template of the checkpoint folder: a stranger's program, run in a sandbox and within bounds."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     folder = tokenizer.path.parent
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template. Use --template alpaca, chatml, llama3 or none")
+    file = next((file for file in [folder / "chat_template.jinja"] if file.is_file()), folder / "tokenizer_config.json")
 
     def fail(reason: str) -> None:
         raise TemplateError(reason)
@@ -125,9 +134,13 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     def render(messages: Messages, add_generation_prompt: bool = True) -> str:
         turns = [{"role": message["role"], "content": content(message)} for message in messages]
         try:
-            return compiled(jinja).render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"{folder}: its chat template failed ({error})") from None
+            with _bounded():
+                text = compiled(jinja).render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
+            if len(text) > MAX_TEXT + 2 * sum(len(turn["content"]) for turn in turns):
+                raise ValueError(f"a prompt of {len(text):,} characters")
+            return text
+        except Exception as error:  # whatever it raises, it is the template that is wrong
+            raise UserError(f"{file}: its chat template failed ({type(error).__name__}: {error})") from None
 
     # what the template puts behind an answer tells which token ends one
     answer = "answer"
@@ -135,3 +148,27 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     behind = whole.rpartition(answer)[2]
     ends = sorted((behind.find(token), token) for token in tokenizer.specials if token in behind)
     return Template(render, ends[0][1] if ends else None, bos=False)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Code in here ends in TimeoutError or MemoryError where it takes more than `MAX_SECONDS` or `MAX_BYTES`."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"still not done after {MAX_SECONDS:g} s")
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot be interrupted
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if in_main_thread:
+        handler = signal.signal(signal.SIGALRM, stop)
+        timer = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)  # Jinja catches some exceptions: once more
+    try:
+        if soft == resource.RLIM_INFINITY or soft > held + MAX_BYTES:
+            resource.setrlimit(resource.RLIMIT_AS, (held + MAX_BYTES, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if in_main_thread:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+            signal.signal(signal.SIGALRM, handler)

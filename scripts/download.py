@@ -1,10 +1,20 @@
 """Download a model folder, or a LoRA, from the Hugging Face hub. Guide: howto/download_weights.md"""
 
+import hashlib
+import re
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+from tqdm import tqdm
 
 from lit_llama import UserError
 from lit_llama.checkpoint import TOKENIZER_FILES
 from lit_llama.cli import run
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FILES = ("config.json", *TOKENIZER_FILES, *LORA_FILES, *(f"adapter/{name}" for name in LORA_FILES))
@@ -15,7 +25,8 @@ def main(
 ) -> None:
     """Download a model folder, or a LoRA, from the Hugging Face hub: only what is needed, and only what is missing.
 
-    A broken connection is taken up again where it stopped; run it again for the files that are still missing.
+    A broken connection is taken up again where it stopped; run it again for the files that are still missing. Each file
+    gets its place once size and checksum are the hub's; what is there already is checked too.
     Guide: howto/download_weights.md
 
     Args:
@@ -35,14 +46,26 @@ def main(
     except ImportError:
         raise UserError("downloads need huggingface_hub: pip install -c constraints.txt -e '.[hub]'") from None
     folder = checkpoint_dir / repo_id
+    partial = folder.with_name(f".{folder.name}.download")
     try:
-        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-        wanted = files_needed(names)
+        refuse_plain_http()
+        model = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        files = {file.rfilename: file for file in model.siblings or []}
+        wanted = files_needed(list(files))
         if not any(name.endswith((".safetensors", ".bin")) for name in wanted):
             raise UserError(
                 f"{repo_id}: holds no safetensors and no pytorch_model.bin. For GGUF: howto/download_weights.md"
             )
-        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=wanted, token=token)
+        if missing := [name for name in wanted if not is_whole(folder / name, files[name])]:
+            snapshot_download(repo_id, revision=model.sha, local_dir=partial, allow_patterns=missing, token=token)
+        for name in missing:
+            if not is_whole(partial / name, files[name]):
+                (partial / name).unlink()
+                raise UserError(f"{repo_id}: {name} is not what the hub says (size, checksum). Run this again")
+        for name in missing:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(folder / name)
+        shutil.rmtree(partial, ignore_errors=True)
     except GatedRepoError:
         page = f"https://huggingface.co/{repo_id}"
         raise UserError(f"{repo_id}: gated. Accept its licence at {page}, then run: hf auth login") from None
@@ -60,18 +83,58 @@ def main(
     print(f"{len(wanted)} files in {folder}")
 
 
+def refuse_plain_http() -> None:
+    """Let `huggingface_hub` end in a UserError where the hub, or what it sends us on to, is not reached over TLS."""
+    import huggingface_hub
+
+    def check(response, *args, **kwargs) -> None:
+        check_secure(urljoin(str(response.url), response.headers.get("location", "")))
+
+    def client():
+        if not hasattr(usual, "event_hooks"):  # requests, before version 1
+            new = type(usual)()
+            new.adapters = usual.adapters
+            new.hooks["response"].append(check)
+            return new
+        hooks = usual.event_hooks | {"response": [*usual.event_hooks["response"], check]}
+        return type(usual)(event_hooks=hooks, follow_redirects=True, timeout=usual.timeout)
+
+    check_secure(huggingface_hub.constants.ENDPOINT)
+    usual = huggingface_hub.get_session()
+    before_1 = getattr(huggingface_hub, "configure_http_backend", None)
+    before_1(client) if before_1 else huggingface_hub.set_client_factory(client)
+
+
+def check_secure(url: str) -> None:
+    """Raise UserError for an address that is neither https nor on this machine."""
+    if not url.startswith("https://") and urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise UserError(f"{url}: refused, only https:// is safe from being read and changed on its way")
+
+
+def is_whole(file: Path, known: "RepoSibling") -> bool:
+    """Whether a file has the size and the checksum that the hub knows: large ones their sha256, others git's."""
+    if not file.is_file() or known.size not in (None, size := file.stat().st_size):
+        return False
+    # git's name for a content is no safeguard by itself: that is TLS
+    digest = hashlib.sha256() if known.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with file.open("rb") as content, tqdm(total=size, desc=f"checking {file.name}", unit="B", disable=None) as bar:
+        while chunk := content.read(1 << 22):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest() == (known.lfs.sha256 if known.lfs else known.blob_id or digest.hexdigest())
+
+
 def files_needed(names: list[str]) -> list[str]:
     """Of a repository's files: config, tokenizer, and the weights in one format, safetensors where there is a choice.
 
     Raises:
         UserError: there is neither a model nor a LoRA in it.
     """
-    top = [name for name in names if "/" not in name]
     wanted = [name for name in names if name in FILES]
     if "config.json" not in wanted and "adapter_config.json" not in wanted:
         raise UserError("the repository holds no config.json and no adapter_config.json: no model and no LoRA")
     for prefix, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        weights = [name for name in top if name.startswith(prefix) and name.endswith((suffix, f"{suffix}.index.json"))]
+        weights = [name for name in names if re.fullmatch(rf"{prefix}[\w.-]*\{suffix}(\.index\.json)?", name, re.ASCII)]
         if weights:
             return wanted + weights
     return wanted

@@ -446,7 +446,7 @@ def main(out_file: Path = RECORDS_FILE, seed: int = 1) -> None:
         out_file: the JSON file.
         seed: of the greetings and of the records' order.
     """
-    rng = random.Random(seed)  # only random() gives the same numbers in every version of Python
+    rng = random.Random(seed)  # noqa: S311 no secret; only random() gives the same numbers in every version of Python
     records = [
         dict(
             instruction=instruction,

