@@ -5,7 +5,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
-HUB = ["huggingface_hub>=0.34"]
+HUB = ["huggingface_hub>=1.3"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
 EVAL = ["lm-eval>=0.4.9"]
 TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
@@ -25,7 +25,7 @@ setup(
         "jsonargparse[signatures]>=4.37",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "tokenizers>=0.22",
+        "tokenizers>=0.22.1",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -50,12 +50,16 @@ setup(
             *WANDB,
             *MLFLOW,
             "bitsandbytes>=0.48",
+            "build>=1.2.1",
             "peft>=0.18",
             "pytest>=8",
+            "pytest-cov>=6",
+            "pytest-random-order>=1.1.1",
             "pytest-xdist>=3.6.1",
             "rouge-score>=0.1.2",
             "ruff>=0.9",
             "sacrebleu>=2.4",
+            "setuptools>=77.0.3",
             "transformers>=5",
         ],
     },
