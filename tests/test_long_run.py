@@ -154,11 +154,11 @@ def test_nothing_but_its_flags_changes_what_a_run_writes(
 
 
 def contents(folder: Path, start: str) -> dict[str, bytes]:
-    """Every file below `folder`, without the paths that were given, and without what tells of speed (as pictures do)."""
+    """Every file below `folder`, without the paths that were given and what tells of speed, as pictures do."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
-        if file.is_dir() or file.stem == "metrics" and file.suffix != ".csv":
+        if file.is_dir() or (file.stem == "metrics" and file.suffix != ".csv"):
             continue
         content = file.read_bytes()
         if file.name in ("config.yaml", "adapter_config.json", "meta.json"):
