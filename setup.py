@@ -16,7 +16,7 @@ setup(
     description="A readable LLaMA and the methods to finetune it on the GPU you have",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=["lit_llama"],
     install_requires=[
