@@ -46,7 +46,7 @@ json.dump(held, open(report, "w"))
 def test_a_long_run_holds_no_more_at_its_end(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
     """Memory, file handles, threads and objects of a run with a validation and a checkpoint every 20 steps."""
     out, report, steps = tmp_path / "out", tmp_path / "held.json", LONG_RUN_STEPS
-    train = dict(batch_size=16, micro_batch_tokens=512, epochs=steps, max_steps=steps, learning_rate=1e-2)
+    train = dict(batch_size=4, micro_batch_tokens=512, epochs=steps, max_steps=steps, learning_rate=1e-2)
     train |= dict(eval_interval=20, save_interval=20)
     flags = [f"--train.{name}={value}" for name, value in train.items()]
     flags += [
@@ -97,7 +97,7 @@ def script(name, **flags):
     sys.argv = [name, *(f"--{flag.replace('__', '.')}={value}" for flag, value in flags.items())]
     runpy.run_path(f"{root}/{name}", run_name="__main__")
 
-recipe = dict(train__batch_size=8, train__max_steps=6, train__learning_rate=1e-2, train__save_interval=3, seed=7)
+recipe = dict(train__batch_size=8, train__max_steps=3, train__learning_rate=1e-2, train__save_interval=2, seed=7)
 model, data = f"{folder}/model", f"{folder}/data"
 for suffix in ("json", "csv"):
     prepared = dict(checkpoint_dir=model, val_size=8, max_seq_length=200)
