@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
 HUB = ["huggingface_hub>=1.3"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
-EVAL = ["lm-eval>=0.4.9"]
+EVAL = ["lm-eval>=0.4.10"]
 TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
 
 setup(
