@@ -30,6 +30,7 @@ NOT_THE_REPO = (
     "*.egg-info",
     "__pycache__",
     ".*_cache",
+    ".coverage*",
 )
 
 
