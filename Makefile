@@ -1,24 +1,40 @@
-# Each target makes the virtual environment .venv when it is missing. PYTHON picks the interpreter: make test PYTHON=python3.12
+# Each target makes the virtual environment .venv when it is missing. PYTHON picks the interpreter, VENV another folder:
+# make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
-PYTHON_OF_VENV := .venv/bin/python
-PIP := $(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+VENV := .venv
+CONSTRAINTS := constraints.txt
+PYTHON_OF_VENV := $(VENV)/bin/python
+PIP := $(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: quickstart test lint docs-check bench bench-gpu clean
+.PHONY: quickstart test test-lowest coverage mutations faults lint docs-check bench bench-gpu clean
 
-quickstart: .venv/.installed-quickstart
-	.venv/bin/python scripts/quickstart.py $(ARGS)
+quickstart: $(VENV)/.installed-quickstart
+	$(PYTHON_OF_VENV) scripts/quickstart.py $(ARGS)
 
-test: .venv/.installed-test
-	.venv/bin/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test
+	$(PYTHON_OF_VENV) -m pytest $(ARGS)
 
-lint: .venv/.installed-test
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+# with the lowest versions that setup.py admits
+test-lowest:
+	$(MAKE) test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
-docs-check: .venv/.installed-test
-	.venv/bin/python tests/docs_check.py $(ARGS)
+coverage: $(VENV)/.installed-test
+	$(PYTHON_OF_VENV) -m pytest --cov lit_llama --cov-branch --cov-report term-missing $(ARGS)
 
-bench: .venv/.installed-litgpt
+mutations: $(VENV)/.installed-test
+	$(PYTHON_OF_VENV) tests/mutations.py $(ARGS)
+
+faults: $(VENV)/.installed-test
+	$(PYTHON_OF_VENV) tests/faults.py $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+docs-check: $(VENV)/.installed-test
+	$(PYTHON_OF_VENV) tests/docs_check.py $(ARGS)
+
+bench: $(VENV)/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/finetune.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/generate.py
 	$(PYTHON_OF_VENV) benchmarks/prepare.py $(ARGS)
@@ -27,19 +43,19 @@ bench: .venv/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/flags.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/report.py
 
-bench-gpu: .venv/.installed-litgpt
+bench-gpu: $(VENV)/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/random_model.py
 	$(PYTHON_OF_VENV) benchmarks/report.py
 
 # litgpt pins older versions of what it needs than those tested here; the installed ones do
-.venv/.installed-litgpt: .venv/.installed-benchmarks
+$(VENV)/.installed-litgpt: $(VENV)/.installed-benchmarks
 	$(PYTHON_OF_VENV) -m pip install --disable-pip-version-check --no-deps litgpt==0.5.13
 	touch $@
 
-.venv/.installed-%: setup.py constraints.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+$(VENV)/.installed-%: setup.py $(CONSTRAINTS)
+	test -x $(PYTHON_OF_VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) '.[$*]'
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache

@@ -5,10 +5,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
-HUB = ["huggingface_hub>=0.30"]
-GGUF = ["gguf>=0.17", "protobuf>=4"]
-EVAL = ["lm-eval>=0.4.9"]
-TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
+HUB = ["huggingface_hub>=1.3"]
+GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
+EVAL = ["lm-eval>=0.4.10"]
+TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
 
 setup(
     name="lit-llama",
@@ -16,7 +16,7 @@ setup(
     description="A readable LLaMA and the methods to finetune it on the GPU you have",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=["lit_llama"],
     install_requires=[
@@ -25,11 +25,11 @@ setup(
         "jsonargparse[signatures]>=4.37",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "tokenizers>=0.20",
+        "tokenizers>=0.22.1",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
         "torchmetrics>=1.4",
         "tqdm>=4.66",
     ],
@@ -41,7 +41,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "mlflow": MLFLOW,
-        "benchmarks": [*GGUF, "peft>=0.17", "transformers>=4.56"],
+        "benchmarks": [*GGUF, "peft>=0.18", "transformers>=5"],
         "test": [
             *HUB,
             *GGUF,
@@ -50,13 +50,17 @@ setup(
             *WANDB,
             *MLFLOW,
             "bitsandbytes>=0.48",
-            "peft>=0.17",
+            "build>=1.2.1",
+            "peft>=0.18",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-cov>=6",
+            "pytest-random-order>=1.1.1",
+            "pytest-xdist>=3.6.1",
             "rouge-score>=0.1.2",
             "ruff>=0.9",
             "sacrebleu>=2.4",
-            "transformers>=4.56",
+            "setuptools>=77.0.3",
+            "transformers>=5",
         ],
     },
 )

@@ -113,7 +113,7 @@ def find_tasks(names: list[str], include_path: Path | None) -> "tuple[list[str],
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include_path {include_path}: is no folder")
     for own_only in (True, False):  # lm-eval's own ones are thousands of files to read
-        manager = TaskManager(include_path=include_path, include_defaults=not own_only)
+        manager = TaskManager(include_path=include_path and str(include_path), include_defaults=not own_only)
         found = {name: manager.match_tasks([name]) for name in names}
         if all(found.values()):
             return list(dict.fromkeys(task for tasks in found.values() for task in tasks)), manager

@@ -49,6 +49,7 @@ def test_saved_config_is_read_by_transformers_as_by_us(tmp_path: Path, name: str
     theirs = AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
+    model.tie_weights()  # which transformers 5.0 leaves undone on the meta device
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     assert theirs.dtype == torch.bfloat16
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta

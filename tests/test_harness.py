@@ -90,7 +90,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 
 def evaluate(model: lm_eval.api.model.LM, task_folder: Path, **flags) -> dict:
-    manager = TaskManager(include_path=task_folder, include_defaults=False)
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
     return lm_eval.simple_evaluate(model, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **flags)
 
 
