@@ -25,20 +25,20 @@ def find_damage(folder: Path) -> str | None:
         stored = (folder / CHECKSUMS).read_bytes()
         *lines, last = stored.splitlines(keepends=True) or [b""]
         if last != f"{zlib.crc32(b''.join(lines)):08x}  {CHECKSUMS}\n".encode():
-            return f"{CHECKSUMS} is damaged"
+            return f"{CHECKSUMS}: damaged or cut off"
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"{CHECKSUMS} cannot be read ({error.strerror})"
+        return f"{CHECKSUMS}: cannot be read ({error.strerror})"
 
     def look_at(line: bytes) -> str | None:
         expected, _, name = line.decode(errors="replace").rstrip("\n").partition("  ")
         try:
-            return None if crc32(folder / name) == expected else f"{name} is damaged"
+            return None if crc32(folder / name) == expected else f"{name}: damaged or cut off"
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{name}: missing"
         except (OSError, ValueError) as error:  # a disk that cannot read it back, say
-            return f"{name} cannot be read ({error})"
+            return f"{name}: cannot be read ({error})"
 
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(look_at, lines)), None)

@@ -95,12 +95,12 @@ def _open_prepared(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) ->
     if not (data_dir / "meta.json").is_file():
         hint = f"python scripts/prepare_alpaca.py --data_dir {data_dir}"
         raise UserError(f"{data_dir}: no prepared set there. Make one: {hint}")
+    if damage := find_damage(data_dir):
+        raise UserError(f"{data_dir}/{damage}. Prepare it again")
     meta = read_json(data_dir / "meta.json")
     if meta.get("tokenizer_sha256") != tokenizer.sha256:
         hint = "Prepare it again with this --checkpoint_dir"
         raise UserError(f"{data_dir}: was prepared with another tokenizer than {tokenizer.path}. {hint}")
-    if damage := find_damage(data_dir):
-        raise UserError(f"{data_dir}: {damage}. Prepare it again")
     train, val = PreparedSet(data_dir / "train.safetensors"), PreparedSet(data_dir / "val.safetensors")
     for samples in (train, val):
         if len(samples) and not 0 <= int(samples.tokens.min()) <= int(samples.tokens.max()) < config.vocab_size:

@@ -195,13 +195,13 @@ def newest_whole(out_dir: Path) -> Path | None:
     else:
         aside = sorted(out_dir.glob("step-*.damaged*"))
         if damaged or aside:
-            what = "; ".join([f"{path.name}: {why}" for path, why in damaged] or [path.name for path in aside])
+            what = "; ".join([f"{path.name}/{why}" for path, why in damaged] or [path.name for path in aside])
             raise UserError(f"{out_dir}: no whole checkpoint is left ({what}). Start anew in another --out_dir")
         return None
     for path, why in damaged:
         names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in count(2))))
         aside = path.rename(next(name for name in names if not name.exists()))
-        print(f"{path}: {why}; set aside as {aside.name}, going on from {folder.name}", file=sys.stderr, flush=True)
+        print(f"{path}/{why}; set aside as {aside.name}, going on from {folder.name}", file=sys.stderr, flush=True)
     return folder
 
 
