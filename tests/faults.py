@@ -55,7 +55,7 @@ class Place:
         self.whole = {script: self.new_folder() for script in SCRIPTS}
         for script, out in self.whole.items():
             status, printed = self.train(script, out)
-            assert status == 0, printed
+            assert status == 0, (status, printed)
 
     def prepare_set(self, records: str, data: Path) -> None:
         self.prepare(self.root / records, self.checkpoint, data, val_size=10, max_seq_length=400)
@@ -153,7 +153,7 @@ def flips(place: Place, number: int) -> tuple[int, int]:
             assert find_damage(newest) is None
             continue
         status, printed = place.train(script, out, "--resume")
-        assert status == 0, printed
+        assert status == 0, (status, printed)
         said = [line for line in printed.splitlines() if "set aside" in line]
         assert len(said) == 1, printed
         aside = f"{newest.name}.damaged"
@@ -201,7 +201,7 @@ def full_disks(place: Place, number: int) -> tuple[int, int]:
         assert all(find_damage(folder) is None for folder in checkpoints(out))
         assert not list(out.glob(".*")), list(out.glob(".*"))
         status, printed = place.train(script, out, "--resume")
-        assert status == 0, printed
+        assert status == 0, (status, printed)
         lost += place.lost(script, out)
     return number, lost
 
@@ -244,7 +244,7 @@ def on_small_disk(root: str, script: str, mount: Path, size: int, held: int) -> 
     subprocess.run(["mount", "-o", f"remount,size={100 * held}", mount], check=True)
     begun = (out / "config.yaml").is_file()
     status, printed = place.train(script, out, *(["--resume"] if begun else []))
-    assert status == 0, printed
+    assert status == 0, (status, printed)
     print(place.lost(script, out))
 
 
@@ -296,7 +296,7 @@ def second_runs(place: Place, number: int) -> tuple[int, int]:
     place.finish(first)
     reached = int(checkpoints(out)[-1].name.removeprefix("step-"))
     status, printed = place.train(SCRIPTS[0], out, "--resume", "--train.epochs", "100000", steps=reached + 1)
-    assert status == 0, printed
+    assert status == 0, (status, printed)
     assert f"going on after step {reached}" in printed
     return number, 0
 
@@ -437,7 +437,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, fault in FAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=0, help=fault.__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=0, help="SIGKILL and SIGTERM, that many each, in one run's course.")
+    parser.add_argument(
+        "--kills", type=int, default=0, help="SIGKILL and SIGTERM, that many each, in one run's course."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="for a program to read")
     args = vars(parser.parse_args())
