@@ -185,7 +185,8 @@ def checkpoints(out_dir: Path) -> list[Path]:
 def newest_whole(out_dir: Path) -> Path | None:
     """The newest checkpoint whose checksums are right, None where a run was stopped before its first.
 
-    Newer ones get another name, and are spoken of on stderr. Raises UserError where there are checkpoints and none is whole.
+    Newer ones get another name, and a line on stderr each. Raises UserError where there are checkpoints and none is
+    whole.
     """
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(out_dir)):
