@@ -200,7 +200,7 @@ def newest_whole(out_dir: Path) -> Path | None:
             raise UserError(f"{out_dir}: no whole checkpoint is left ({what}). Start anew in another --out_dir")
         return None
     for path, why in damaged:
-        names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in count(2))))
+        names = (path.with_name(f"{path.name}.damaged" + (f"-{n}" if n > 1 else "")) for n in count(1))
         aside = path.rename(next(name for name in names if not name.exists()))
         print(f"{path}/{why}; set aside as {aside.name}, going on from {folder.name}", file=sys.stderr, flush=True)
     return folder
