@@ -52,7 +52,7 @@ class Place:
         (root / "records.json").write_text(json.dumps(self.records))
         (root / "others.json").write_text(json.dumps(self.records[:40]))
         self.forked(self.prepare_set, "records.json", self.data)
-        self.whole = {script: self.new_folder() for script in SCRIPTS}
+        self.whole = {script: root / Path(script).stem for script in SCRIPTS}
         for script, out in self.whole.items():
             status, printed = self.train(script, out)
             assert status == 0, (status, printed)
@@ -233,7 +233,7 @@ def on_small_disk(root: str, script: str, mount: Path, size: int, held: int) -> 
     place.root, place.number = Path(root), 1000 * os.getpid()
     place.checkpoint, place.data = place.root / "checkpoint", place.root / "data"
     place.mains = {script: load_script(script).main}
-    place.whole = {name: place.root / f"out-{n}" for n, name in enumerate(SCRIPTS, start=1)}
+    place.whole = {script: place.root / Path(script).stem}
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "x", mount], check=True)
     out = mount / "out"
     status, printed = place.train(script, out)
