@@ -17,7 +17,7 @@ from lit_llama import UserError, loggers
 from lit_llama.checksums import CHECKSUMS, find_damage, write_checksums
 from lit_llama.run_folder import checkpoints, locked
 
-CAMPAIGN = dict(flips=24, full_disks=4, small_disks=1, races=6, second_runs=2, swaps=100, damaged_sets=20, sharers=3)
+CAMPAIGN = dict(flips=14, full_disks=2, small_disks=1, races=3, second_runs=2, swaps=100, damaged_sets=20, sharers=3)
 
 
 def test_a_small_campaign_of_faults_is_survived() -> None:
