@@ -1,5 +1,6 @@
 """Prepared sets: token ids on disk, and from there padding-free micro-batches in a seeded order."""
 
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lit_llama.checksums import find_damage
 from lit_llama.config import LLaMAConfig, read_json
 from lit_llama.errors import UserError
 from lit_llama.files import read_tensors
@@ -57,11 +59,44 @@ class PreparedSet:
 def open_prepared(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> tuple[PreparedSet, PreparedSet, dict]:
     """Training set, validation set and meta.json of a prepared folder.
 
-    Raises UserError where it is missing, damaged, or made with another tokenizer or for a longer context.
+    All three are of one preparing, whoever prepares the folder anew meanwhile. Raises UserError where it is missing,
+    damaged, or made with another tokenizer or for a longer context.
     """
+    for _ in range(100):
+        before, problem = _identity(data_dir), None
+        try:
+            found = _open_prepared(data_dir, tokenizer, config)
+        except (UserError, OSError, RuntimeError) as error:  # safetensors' own, where a file goes as it is opened
+            problem = error
+        if _identity(data_dir) == before and not (before is None and _is_being_replaced(data_dir)):
+            if problem is None:
+                return found
+            raise problem
+        time.sleep(0.02)
+    raise problem or UserError(f"{data_dir}: is prepared anew all the time. Try again when that has ended")
+
+
+def _is_being_replaced(folder: Path) -> bool:
+    """Whether the old one has its other name and the new one not yet its own."""
+    folder = folder.resolve()
+    return any(path.name.startswith(f".{folder.name}.old-") for path in folder.parent.glob(".*"))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Other than that of every folder that was there before, or will be later."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _open_prepared(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> tuple[PreparedSet, PreparedSet, dict]:
     if not (data_dir / "meta.json").is_file():
         hint = f"python scripts/prepare_alpaca.py --data_dir {data_dir}"
         raise UserError(f"{data_dir}: no prepared set there. Make one: {hint}")
+    if damage := find_damage(data_dir):
+        raise UserError(f"{data_dir}/{damage}. Prepare it again")
     meta = read_json(data_dir / "meta.json")
     if meta.get("tokenizer_sha256") != tokenizer.sha256:
         hint = "Prepare it again with this --checkpoint_dir"

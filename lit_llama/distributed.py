@@ -136,7 +136,7 @@ def whole_tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tu
 
 @contextmanager
 def together(fabric: Fabric) -> Iterator[None]:
-    """Leave the block when all processes have: where one ended in an OSError, the others end too, and quietly.
+    """Leave the block when all processes have: where one ended in a UserError or OSError, the others end, quietly.
 
     What needs all processes inside the block must stand in a block of its own: a process that has failed goes to the
     end of its innermost one, where the others must arrive too.
@@ -144,7 +144,7 @@ def together(fabric: Fabric) -> Iterator[None]:
     error = None
     try:
         yield
-    except (OSError, SystemExit) as caught:
+    except (UserError, OSError, SystemExit) as caught:
         error = caught
     failures = fabric.all_reduce(torch.tensor(float(error is not None), device=fabric.device), reduce_op="sum")
     if error is not None:

@@ -16,7 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.loggers import check_logger
 from lit_llama.model import LLaMA
 from lit_llama.quantize import FOR_TRAINING, quantization
-from lit_llama.run_folder import check_flags, data_sha256
+from lit_llama.run_folder import check_flags, check_unused, data_sha256, locked
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -57,14 +57,17 @@ class Run:
                 raise UserError(f"--quantize {quantize}: works on one device. Leave out --devices and --num_nodes")
         config = LLaMAConfig.from_checkpoint(checkpoint_dir)
         self.train_set, self.val_set, meta = open_prepared(data_dir, Tokenizer(checkpoint_dir), config)
-        self.template, self.data_sha256 = meta["template"], data_sha256(data_dir)
+        self.template, self.data_sha256 = meta["template"], data_sha256(meta)
+        if out_dir.is_dir():
+            with locked(out_dir, shared=True):  # a first look; `fit` takes the lock
+                pass
         if resume and not (out_dir / "config.yaml").is_file():
             raise UserError(f"{out_dir}: no run there to resume. Start one without --resume")
         if resume:
             check_flags(out_dir, used_flags())
         # all processes look before any of them can write: that takes until they have met in make_fabric
-        if not resume and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
+        if not resume:
+            check_unused(out_dir)
         if logger is not None:
             check_logger(logger)
 
@@ -74,6 +77,8 @@ class Run:
             return model
 
         self.fabric = make_fabric(devices, num_nodes, precision, parallelize)
+        if len({self.fabric.broadcast(self.data_sha256, src=rank) for rank in range(self.fabric.world_size)}) > 1:
+            raise UserError(f"{data_dir}: was prepared anew while this run began. Start it again")
         self.checkpoint_dir, self.out_dir, self.seed, self.resume = checkpoint_dir, out_dir, seed, resume
         self.quantize, self.weight_dtype, self.logger = quantize, PRECISIONS[precision], logger
         torch.manual_seed(seed)

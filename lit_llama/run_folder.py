@@ -1,11 +1,16 @@
 """What a run leaves on disk beside its result: `config.yaml`, `metrics.csv`, and `step-*` folders to go on from."""
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import yaml
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from lit_llama.checksums import find_damage
 from lit_llama.config import read_json
 from lit_llama.distributed import local_part, local_rows
 from lit_llama.errors import UserError
@@ -61,9 +67,36 @@ def flatten(flags: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def data_sha256(data_dir: Path) -> str:
-    """Of what a prepared set was made from and how; sets with the same one hold the same samples."""
-    return hashlib.sha256((data_dir / "meta.json").read_bytes()).hexdigest()
+def data_sha256(meta: dict[str, Any]) -> str:
+    """Of a prepared set's meta.json, what it was made from and how; sets with the same one hold the same samples."""
+    return hashlib.sha256(f"{json.dumps(meta, indent=2)}\n".encode()).hexdigest()
+
+
+@contextmanager
+def locked(out_dir: Path, shared: bool = False) -> Iterator[None]:
+    """Inside the block no other process has `out_dir` locked, but for shared locks beside a shared one.
+
+    The lock lies on the folder itself and ends with this process, however that ends. A file system that has no locks
+    is used without. Raises UserError where another process holds one.
+    """
+    descriptor = os.open(out_dir, os.O_RDONLY)  # not inherited by processes that this one starts
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "Wait for its end, stop it, or give another --out_dir"
+            raise UserError(f"{out_dir}: another run is using this folder. {hint}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_unused(out_dir: Path) -> None:
+    """Raise UserError unless `out_dir` is absent or empty: a run may begin there."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
 
 
 def save_state(
@@ -171,6 +204,30 @@ def checkpoints(out_dir: Path) -> list[Path]:
     """Complete `step-*` folders of a run, oldest first (a folder has its name only once it is complete)."""
     found = (path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_whole(out_dir: Path) -> Path | None:
+    """The newest checkpoint whose checksums are right, None where a run was stopped before its first.
+
+    Newer ones get another name, and a line on stderr each. Raises UserError where there are checkpoints and none is
+    whole.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(out_dir)):
+        if (damage := find_damage(folder)) is None:
+            break
+        damaged.append((folder, damage))
+    else:
+        aside = sorted(out_dir.glob("step-*.damaged*"))
+        if damaged or aside:
+            what = "; ".join([f"{path.name}/{why}" for path, why in damaged] or [path.name for path in aside])
+            raise UserError(f"{out_dir}: no whole checkpoint is left ({what}). Start anew in another --out_dir")
+        return None
+    for path, why in damaged:
+        names = (path.with_name(f"{path.name}.damaged" + (f"-{n}" if n > 1 else "")) for n in count(1))
+        aside = path.rename(next(name for name in names if not name.exists()))
+        print(f"{path}/{why}; set aside as {aside.name}, going on from {folder.name}", file=sys.stderr, flush=True)
+    return folder
 
 
 def prune(out_dir: Path, keep_last: int, best_step: int | None) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lit_llama import fast
+from lit_llama.checksums import write_checksums
 from lit_llama.cli import used_flags
 from lit_llama.data import step_samples
 from lit_llama.distributed import (
@@ -36,8 +38,10 @@ from lit_llama.quantize import QuantizedLinear
 from lit_llama.run import Run
 from lit_llama.run_folder import (
     Progress,
-    checkpoints,
+    check_unused,
     load_state,
+    locked,
+    newest_whole,
     prune,
     remove_leftovers,
     save_state,
@@ -118,9 +122,23 @@ def fit(
     and spread over devices. `model` is what `run.build` gave; `save` writes what was trained, by a method's format;
     `learning_rate_ratio(name)` multiplies the learning rate of the parameter of that name.
 
-    Raises UserError where the loss is not finite, or a checkpoint to resume from does not fit the model; SystemExit
-    with status 128 plus its number where a signal has asked to stop, after a checkpoint.
+    Raises UserError where another run uses the folder, the loss is not finite, or no checkpoint to resume from is whole
+    and fits the model; SystemExit with status 128 plus its number where a signal has asked to stop, after a checkpoint.
     """
+    with ExitStack() as stack:
+        with together(run.fabric):
+            if run.fabric.is_global_zero:
+                run.out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(run.out_dir))
+                if not run.resume:  # another one may have begun and ended while this one's model was loaded
+                    check_unused(run.out_dir)
+        train(run, model, args, save, learning_rate_ratio)
+
+
+def train(
+    run: Run, model: _FabricModule, args: TrainArgs, save: Save, learning_rate_ratio: Callable[[str], float]
+) -> None:
+    """`fit`, in a folder that is this run's alone."""
     fabric, train_set = run.fabric, run.train_set
     fast.enabled = args.fast_paths
     if args.activation_checkpointing:
@@ -136,12 +154,14 @@ def fit(
     adamw = make_optimizer(trained, args, learning_rate_ratio)
 
     progress = Progress(data_sha256=run.data_sha256)
-    # none: the run was stopped before its first checkpoint
-    saved = fabric.broadcast(checkpoints(run.out_dir) if run.resume else [])
-    if saved:
-        progress = load_state(saved[-1], fabric, trained, adamw)
+    saved = None
+    with together(fabric):
+        if fabric.is_global_zero and run.resume:
+            saved = newest_whole(run.out_dir)
+    if saved := fabric.broadcast(saved):
+        progress = load_state(saved, fabric, trained, adamw)
         if progress.data_sha256 != run.data_sha256:
-            raise UserError(f"{saved[-1]}: is of another prepared set. Resume with the --data_dir of config.yaml")
+            raise UserError(f"{saved}: is of another prepared set. Resume with the --data_dir of config.yaml")
     first_step = kept = progress.step
     num_steps = first_step + max(0, math.ceil((total_samples - progress.samples) / args.batch_size))
     warmup = min(warmup, num_steps // 2)
@@ -165,7 +185,7 @@ def fit(
         if progress.first_val_loss is not None:
             say(f"step 0: val loss {progress.first_val_loss:.4f}")
     else:
-        say(f"going on after step {first_step}, from {saved[-1]}")
+        say(f"going on after step {first_step}, from {saved}")
 
     def keep() -> None:
         nonlocal kept
@@ -173,6 +193,8 @@ def fit(
             with together(fabric):
                 save_state(folder, fabric, trained, adamw, progress)
             save_result(run, trained, save, folder)
+            if fabric.is_global_zero:
+                write_checksums(folder)
         kept = progress.step
         if fabric.is_global_zero:
             prune(run.out_dir, args.keep_last, progress.best_step)

@@ -18,6 +18,7 @@ from download import check_secure
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
+from lit_llama.checksums import write_checksums
 from lit_llama.cli import run
 from lit_llama.files import check_new_folder, replacing, save_tensors
 from lit_llama.prompts import get_template, stop_ids
@@ -134,6 +135,7 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
         train.save(folder / "train.safetensors")
         val.save(folder / "val.safetensors")
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
+        write_checksums(folder)
     print(
         f"{args.data_dir}: {len(train)} samples to train, {len(val)} to validate; "
         f"{counts['cut_samples']} cut at {args.max_seq_length} tokens, "

@@ -306,8 +306,8 @@ def training(result: Result) -> list[str]:
         parts.append(line + (f" After: {losses[-1]:.4f}." if losses else ""))
     data_dir = Path(result.flags.get("data_dir") or "")
     # only if it has not been prepared anew since
-    if (data_dir / "meta.json").is_file() and state.get("data_sha256") == data_sha256(data_dir):
-        meta = read_json(data_dir / "meta.json")
+    meta = read_json(data_dir / "meta.json") if (data_dir / "meta.json").is_file() else {}
+    if meta and state.get("data_sha256") == data_sha256(meta):
         source = f"`{PurePath(meta['source']).name}` (sha256 `{meta['sha256']}`), {meta['records']:,} records"
         counts = f"{meta['train_samples']:,} samples to train, {meta['val_samples']:,} to validate"
         parts.append(f"Data: {source}: {counts}, of at most {meta['max_seq_length']:,} tokens.")

@@ -86,7 +86,7 @@ print("statuses", statuses)
 """
 
 
-def run_with_attempts(how: str, out_dir: Path, checkpoint: Path, data: Path, kills: int = 20) -> tuple[list[int], str]:
+def run_with_attempts(how: str, out_dir: Path, checkpoint: Path, data: Path, kills: int = 8) -> tuple[list[int], str]:
     """`finetune/lora.py` to its end, killed `kills` times on its way; the exit statuses, and what was printed."""
     code = textwrap.dedent(ATTEMPTS).format(tests=str(ROOT / "tests"), kills=kills)
     flags = ["--checkpoint_dir", checkpoint, "--data_dir", data, *FLAGS]
@@ -115,15 +115,28 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_happened
 ) -> None:
     statuses, printed = run_with_attempts(how, tmp_path / "out", tiny_checkpoint, tiny_data)
     killed = [status for status in statuses if status != 0]
-    assert len(killed) == 20
+    assert len(killed) == 8
     if how == "SIGTERM":
-        assert killed.count(143) >= 10  # the others came before the first step
+        assert killed.count(143) >= 4  # the others came before the first step
         assert printed.count("stopped by SIGTERM after step") == killed.count(143)
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert rows_of(tmp_path / "out") == rows_of(uninterrupted)
     assert [row[0] for row in rows_of(tmp_path / "out")] == ["step", *(str(n) for n in range(1, 201))]
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def kill_campaign(root: Path, checkpoint: Path, data: Path, kills: int) -> dict[str, tuple[int, int]]:
+    """For tests/faults.py: what was done -> how many times, and how many bytes of result and metrics it has changed."""
+    assert run_with_attempts("none", root / "whole", checkpoint, data)[0] == [0]
+    results = {}
+    for how in ("SIGKILL", "SIGTERM"):
+        statuses, _ = run_with_attempts(how, root / how, checkpoint, data, kills)
+        weights = [(root / out / "adapter_model.safetensors").read_bytes() for out in (how, "whole")]
+        lost = sum(one != two for one, two in zip(*weights, strict=True))
+        lost += sum(one != two for one, two in zip(rows_of(root / how), rows_of(root / "whole"), strict=True))
+        results[how] = (sum(status != 0 for status in statuses), lost)
+    return results
 
 
 def finetune(out_dir: Path, checkpoint: Path, data: Path, script: str = "finetune/lora.py", **more) -> None:
@@ -290,6 +303,7 @@ def test_a_checkpoint_that_lacks_a_piece_is_named(tmp_path: Path, tiny_checkpoin
     tensors = load_file(file)
     tensors.pop(next(name for name in tensors if name.endswith("q_proj.lora_A.weight@0")))
     save_file(tensors, file)
+    (file.parent / "checksums.txt").unlink()  # as earlier versions left it
     with pytest.raises(UserError, match=r"step-000002: damaged, layers.0.self_attn.q_proj.lora_A.weight is not all"):
         finetune(tmp_path / "out", tiny_checkpoint, tiny_data, resume=True)
 
