@@ -9,7 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,9 +43,15 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
-def start(*command: str, **more: str) -> subprocess.Popen:
+def start(*command: str, python: str, **more: str) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, *command], env=environment(**more), **pipes)
+    return subprocess.Popen([python, *command], env=environment(**more), **pipes)
+
+
+@pytest.fixture(scope="module")
+def forked(python: str) -> Callable[..., subprocess.Popen]:
+    """`start` with the Python that starts at once; the processes that Fabric starts in turn are such ones too."""
+    return partial(start, python=python)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -78,14 +86,14 @@ def assert_same_files(out_dir: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, tiny_checkpoint: Path, tiny_data: Path):
+def one_process(tmp_path_factory, tiny_checkpoint: Path, tiny_data: Path, forked):
     """The folder of a method's run on one process."""
     folder, done = tmp_path_factory.mktemp("one"), {}
 
     def get(method: str) -> Path:
         if method not in done:
             done[method] = folder / method
-            finish(start(*flags_of(method, tiny_checkpoint, tiny_data, done[method])))
+            finish(forked(*flags_of(method, tiny_checkpoint, tiny_data, done[method])))
         return done[method]
 
     return get
@@ -93,9 +101,9 @@ def one_process(tmp_path_factory, tiny_checkpoint: Path, tiny_data: Path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_what_one_gives(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str, forked
 ) -> None:
-    output = finish(start(*flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "two"), "--devices", "2"))
+    output = finish(forked(*flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "two"), "--devices", "2"))
     assert "on 2 devices" in output
     assert output.count("val loss") == 3  # before, after, the summary: one process speaks
     assert_same_curve(tmp_path / "two", one_process(method))
@@ -104,12 +112,12 @@ def test_two_processes_give_what_one_gives(
 
 @pytest.mark.parametrize("method", ["lora", "adapter_v2", "full"])
 def test_bf16_computes_the_same_on_two_processes(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, method: str
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, method: str, forked
 ) -> None:
     curves = []
     for devices in ("1", "2"):
         flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / devices, steps=3)
-        finish(start(*flags, "--precision", "bf16-mixed", "--devices", devices))
+        finish(forked(*flags, "--precision", "bf16-mixed", "--devices", devices))
         curves.append([float(row["loss"]) for row in rows_of(tmp_path / devices)])
     # micro-batches are the same ones, so the roundings are too; only the sums of gradients have another order
     torch.testing.assert_close(curves[0], curves[1], atol=2e-3, rtol=0)
@@ -118,7 +126,7 @@ def test_bf16_computes_the_same_on_two_processes(
 
 @pytest.mark.parametrize(("rank", "where"), [(1, "save_state"), (0, "save_state"), (0, "save_result")])
 def test_a_full_disk_under_one_process_ends_all_with_its_reason(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, rank: int, where: str
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, rank: int, where: str, forked
 ) -> None:
     script = tmp_path / "finetune.py"
     script.write_text(
@@ -143,7 +151,7 @@ def test_a_full_disk_under_one_process_ends_all_with_its_reason(
         )
     )
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out", steps=2)[1:]
-    output = finish(start(str(script), *flags, "--devices", "2", "--train.save_interval", "1"), 1)
+    output = finish(forked(str(script), *flags, "--devices", "2", "--train.save_interval", "1"), 1)
     assert "error: writing: No space left on device" in output
     assert not checkpoints(tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*"))
@@ -158,7 +166,8 @@ def test_torchrun_with_two_nodes_gives_what_one_process_gives(
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "two")
     nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     nodes += ["--master_addr", "127.0.0.1", "--master_port", port]
-    processes = [start(*nodes, "--node_rank", str(rank), *flags, "--num_nodes", "2") for rank in (0, 1)]
+    flags += ["--num_nodes", "2"]
+    processes = [start(*nodes, "--node_rank", str(rank), *flags, python=sys.executable) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:  # where one node fails, the other waits for it: let the first one to end speak
         printed = [done.result() for done in as_completed([pool.submit(finish, process) for process in processes])]
     assert "".join(printed).count("val loss") == 3  # one process speaks
@@ -168,13 +177,13 @@ def test_torchrun_with_two_nodes_gives_what_one_process_gives(
 
 @pytest.mark.parametrize(("method", "devices"), [("lora", "121"), ("lora", "212"), ("full", "212")])
 def test_a_run_goes_on_with_another_number_of_processes_and_back(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str, devices: str
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str, devices: str, forked
 ) -> None:
     """Stopped by SIGTERM after some steps, twice."""
     flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "parts")
     for number, count in enumerate(devices):
         resume = ["--resume"] if number else []
-        process = start(*flags, *resume, "--devices", count, "--train.log_interval", "1", PYTHONUNBUFFERED="1")
+        process = forked(*flags, *resume, "--devices", count, "--train.log_interval", "1", PYTHONUNBUFFERED="1")
         if number == len(devices) - 1:
             finish(process)
         else:
@@ -192,11 +201,11 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(
 
 @pytest.mark.parametrize("victim", ["the second", "the first"])
 def test_where_one_process_dies_the_other_ends_and_the_run_can_go_on(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, victim: str
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, victim: str, forked
 ) -> None:
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out", steps=100_000)
     flags += ["--train.save_interval", "1", "--train.epochs", "100000", "--train.eval_interval", "100000"]
-    process = start(*flags, "--devices", "2", PYTHONUNBUFFERED="1")
+    process = start(*flags, "--devices", "2", python=sys.executable, PYTHONUNBUFFERED="1")
     for _ in range(600):
         if len(checkpoints(tmp_path / "out")) > 1:
             break
@@ -214,12 +223,14 @@ def test_where_one_process_dies_the_other_ends_and_the_run_can_go_on(
     assert not left.exists() or ") Z " in left.read_text()  # gone, or a zombie that nobody has waited for
     reached = int(checkpoints(tmp_path / "out")[-1].name.removeprefix("step-"))
     flags[flags.index("--train.max_steps") + 1] = str(reached + 3)
-    output = finish(start(*flags, "--devices", "2", "--resume"))
+    output = finish(forked(*flags, "--devices", "2", "--resume"))
     assert f"going on after step {reached}" in output
     assert [int(row["step"]) for row in rows_of(tmp_path / "out")] == list(range(1, reached + 4))
 
 
-def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(tmp_path: Path, tiny_data: Path) -> None:
+def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(
+    tmp_path: Path, tiny_data: Path, forked
+) -> None:
     model = make_hf_model(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
@@ -255,7 +266,7 @@ def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(tm
             """
         )
     )
-    output = finish(start(str(script), str(tmp_path / "model"), str(tiny_data), str(tmp_path / "out")))
+    output = finish(forked(str(script), str(tmp_path / "model"), str(tiny_data), str(tmp_path / "out")))
     found = re.findall(r"sizes (\d+) (\d+) (\d+) (\d+)", output)
     assert len(found) == 2, output
     for values in found:
@@ -275,14 +286,16 @@ def test_shares_of_a_step_are_all_of_it_and_equally_many() -> None:
         assert sorted(ids for part in shares for ids in part if ids) == sorted(whole)
 
 
-def test_wrong_numbers_of_processes_are_one_line(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
+def test_wrong_numbers_of_processes_are_one_line(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, forked
+) -> None:
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out")
     for more, env, message in (
         (["--devices", "0"], {}, "--devices 0: should be at least 1"),
         (["--devices", "2"], {"WORLD_SIZE": "3"}, "--devices 2 --num_nodes 1: torchrun has started 3 processes"),
         (["--num_nodes", "2"], {}, "--num_nodes 2: on each node, set MASTER_ADDR"),
     ):
-        lines = finish(start(*flags, *more, **env), 2).splitlines()
+        lines = finish(forked(*flags, *more, **env), 2).splitlines()
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
