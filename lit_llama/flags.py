@@ -12,6 +12,7 @@ from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
@@ -27,6 +28,8 @@ KINDS = {
     Path: ("PATH", "a path"),
     str: ("TEXT", "text"),
 }
+NUMBER = re.compile(r"[\w.+-]+|~")  # or a word
+MAX_CONFIG_BYTES = 10**5
 GENERAL = {
     "config": ("--config PATH", "YAML file of flags, such as a run's config.yaml; flags beside it take precedence"),
     "print_config": ("--print_config", "print all flags as such a file, or with =skip_default those that differ"),
@@ -34,15 +37,12 @@ GENERAL = {
 }
 
 
-MAX_CONFIG_BYTES = 10**5
-
-
 class WrongCall(UserError):
     """A command line or a --config that is no call of the script."""
 
 
 class _Words(yaml.BaseLoader):
-    """YAML of text alone. Without tags, which may make anything, and aliases, by which a few lines expand to gigabytes."""
+    """YAML of text alone. No tags, which may make anything, nor aliases, by which a few lines expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
@@ -66,11 +66,10 @@ class _Values(_Words, yaml.SafeLoader):
 def _value(text: str) -> Any:
     """What jsonargparse takes a flag's text for: a number, true, false or null, a list as JSON, else the text."""
     try:
-        if re.fullmatch(r"[\w.+-]+", text):
-            return yaml.safe_load(text)
-        return json.loads(text) if text.startswith("[") else text
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets that mean nothing
+        value = json.loads(text) if text.startswith("[") else yaml.safe_load(text) if NUMBER.fullmatch(text) else text
+    except (ValueError, RecursionError, yaml.YAMLError):  # brackets that mean nothing, a number of thousands of digits
         return text
+    return value if isinstance(value, (int, float, list, NoneType)) else text
 
 
 set_loader("yaml", _value)  # its own one is all of YAML, tags and aliases too

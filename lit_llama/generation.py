@@ -57,9 +57,8 @@ class Sampling:
             and 0 < self.top_p <= 1
         )
         if not good or (self.top_k is not None and self.top_k < 1):
-            raise UserError(
-                "--temperature should be 0 or from 1e-6 on, --max_new_tokens from 0 on, --top_p in (0, 1], --top_k from 1 on"
-            )
+            hint = "--max_new_tokens from 0 on, --top_p in (0, 1], --top_k from 1 on"
+            raise UserError(f"--temperature should be 0 or from 1e-6 on, {hint}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """What draws: of its own where there is a seed."""

@@ -344,16 +344,16 @@ FLAGS = {
     ),
     "half a token": (None, BASE, f"{ASK} --max_new_tokens 1.5", r"--max_new_tokens 1.5: should be a whole number", 2),
     "temperature of -1": (None, BASE, f"{ASK} --temperature -1", r"--temperature should be 0 or from 1e-6 on", 2),
-    "temperature of NaN": (None, BASE, f"{ASK} --temperature nan", r"--temperature", 2),
-    "temperature of infinity": (None, BASE, f"{ASK} --temperature inf", r"--temperature", 2),
+    "temperature of NaN": (None, BASE, f"{ASK} --temperature .nan", r"--temperature", 2),
+    "temperature of infinity": (None, BASE, f"{ASK} --temperature .inf", r"--temperature", 2),
     "temperature next to 0": (None, BASE, f"{ASK} --temperature 1e-300", r"--temperature", 2),
     "top_k of -1": (None, BASE, f"{ASK} --top_k -1", r"--top_k from 1 on", 2),
     "top_p of 2": (None, BASE, f"{ASK} --top_p 2", r"--top_p in \(0, 1\]", 2),
-    "top_p of NaN": (None, BASE, f"{ASK} --top_p nan", r"--top_p", 2),
+    "top_p of NaN": (None, BASE, f"{ASK} --top_p .nan", r"--top_p", 2),
     "batch_size of 0": (None, BASE, f"{ASK} --batch_size 0", r"--batch_size, --num_samples: should be at least 1", 2),
     "num_samples of 0": (None, BASE, f"{ASK} --num_samples 0", r"--batch_size, --num_samples: should be at least 1", 2),
     "a seed beyond 64 bits": (None, BASE, f"{ASK} --seed {2**70}", rf"--seed {2**70}: .*18 digits", 2),
-    "a seed of NaN": (None, FINETUNE, f"{TRAIN} --seed nan", r"--seed nan: should be a whole number", 2),
+    "a seed of NaN": (None, FINETUNE, f"{TRAIN} --seed .nan", r"--seed .nan: should be a whole number", 2),
     "a seed of training beyond 64 bits": (None, FINETUNE, f"{TRAIN} --seed -{2**70}", r"--seed -\d+: .*18 digits", 2),
     "a seed of a split beyond 64 bits": (None, JSON, f"{PREPARE} --seed {2**64}", r"--seed \d+: .*18 digits", 2),
     "no prompt at all": (None, BASE, CHECKPOINT, r"--prompt, --prompt_file: give one of them", 2),
@@ -431,7 +431,7 @@ FLAGS = {
         ),
     ),
     "a LoRA's folder for an adapter's": (None, ADAPTER_V2, ASK_ADAPTER, r"lora.*: method is None, not llama_adapter"),
-    "learning rate of NaN": (None, FINETUNE, f"{TRAIN} --train.learning_rate nan", r"--train.learning_rate nan: ", 2),
+    "learning rate of NaN": (None, FINETUNE, f"{TRAIN} --train.learning_rate .nan", r"--train.learning_rate nan: ", 2),
     "learning rate of -1": (
         None,
         FINETUNE,
@@ -439,7 +439,7 @@ FLAGS = {
         r"--train.learning_rate -1.0: .*from 0",
         2,
     ),
-    "learning rate of infinity": (None, FULL, f"{TRAIN} --train.learning_rate inf", r"--train.learning_rate inf", 2),
+    "learning rate of infinity": (None, FULL, f"{TRAIN} --train.learning_rate .inf", r"--train.learning_rate .inf", 2),
     "beta1 of 1": (None, FINETUNE, f"{TRAIN} --train.beta1 1", r"--train.beta1 1.0: .*below 1.0", 2),
     "beta2 of 1.5": (None, FINETUNE, f"{TRAIN} --train.beta2 1.5", r"--train.beta2 1.5: .*below 1.0", 2),
     "weight decay of -1": (None, FINETUNE, f"{TRAIN} --train.weight_decay -1", r"--train.weight_decay -1", 2),
@@ -458,16 +458,22 @@ FLAGS = {
         r"--train.warmup_steps -1: .*from 0",
         2,
     ),
-    "a warm-up of NaN epochs": (None, FINETUNE, f"{TRAIN} --train.warmup_epochs nan", r"--train.warmup_epochs nan", 2),
+    "a warm-up of NaN epochs": (
+        None,
+        FINETUNE,
+        f"{TRAIN} --train.warmup_epochs .nan",
+        r"--train.warmup_epochs .nan",
+        2,
+    ),
     "an unknown schedule": (None, FINETUNE, f"{TRAIN} --train.schedule linear", r"--train.schedule linear: unknown", 2),
     "eval_interval of 0": (None, FINETUNE, f"{TRAIN} --train.eval_interval 0", r"--train.eval_interval 0", 2),
     "save_interval of 0": (None, FINETUNE, f"{TRAIN} --train.save_interval 0", r"--train.save_interval 0", 2),
     "log_interval of 0": (None, FINETUNE, f"{TRAIN} --train.log_interval 0", r"--train.log_interval 0", 2),
-    "max_grad_norm of NaN": (None, FINETUNE, f"{TRAIN} --train.max_grad_norm nan", r"--train.max_grad_norm nan", 2),
+    "max_grad_norm of NaN": (None, FINETUNE, f"{TRAIN} --train.max_grad_norm .nan", r"--train.max_grad_norm .nan", 2),
     "a million devices": (None, FINETUNE, f"{TRAIN} --devices {10**6}", r"--devices 1000000: this machine has \d+ ", 2),
     "no node": (None, FINETUNE, f"{TRAIN} --num_nodes 0", r"--num_nodes 0: should be at least 1", 2),
     "a rank of a billion": (None, FINETUNE, f"{TRAIN} --lora.r {10**9}", r"--lora.r 1000000000: .*at most 16384", 2),
-    "alpha of NaN": (None, FINETUNE, f"{TRAIN} --lora.alpha nan", r"--lora.alpha nan: should be more than 0", 2),
+    "alpha of NaN": (None, FINETUNE, f"{TRAIN} --lora.alpha .nan", r"--lora.alpha nan: should be more than 0", 2),
     "a prompt of a billion": (
         None,
         *(TRAIN_ADAPTER, f"{TRAIN} --adapter.prompt_length {10**9}", r"--adapter.prompt_length .*at most 16384", 2),
@@ -480,7 +486,13 @@ FLAGS = {
         None,
         *(COMBINE, "--lora_path {}/lora --weights [1,2] --out_dir {}/new", r"--weights: 2 for 1 of --lora_path", 2),
     ),
-    "a weight of NaN": (None, COMBINE, "--lora_path {}/lora --weights [nan] --out_dir {}/new", r"--weights \[nan\]", 2),
+    "a weight of NaN": (
+        None,
+        COMBINE,
+        "--lora_path {}/lora --weights [.nan] --out_dir {}/new",
+        r"--weights \[nan\]",
+        2,
+    ),
     "no LoRA to combine": (None, COMBINE, "--lora_path [] --out_dir {}/new", r"--weights: 0 for 0", 2),
     "no model of that name": (None, MEMORY, "--model 8B", r"unknown model name '8B'. Known: 7B"),
     "no method of that name": (None, MEMORY, "--method ia3", r"--method ia3: unknown. Known: lora", 2),
@@ -520,7 +532,7 @@ FLAGS = {
         r"data: no adapter_config.json and no config",
     ),
     "max_samples of 0": (None, COMPARE, f"{SIDES} --max_samples 0", r"--max_samples, --max_new_tokens", 2),
-    "a limit of NaN": (None, HARNESS, f"{TASKS} --limit nan", r"--limit: more than 0", 2),
+    "a limit of NaN": (None, HARNESS, f"{TASKS} --limit .nan", r"--limit: more than 0", 2),
     "no tasks": (None, HARNESS, f"{CHECKPOINT} --tasks []", r"--tasks: name at least one", 2),
     "no folder of tasks": (None, HARNESS, TASKS, r"--include_path .*tasks: is no folder", 2),
     "a template without a place": (
@@ -883,10 +895,12 @@ def test_a_file_never_takes_the_place_of_something_else(tmp_path: Path, there: s
     else:
         (path if there == "a file" else path / "a").parent.mkdir(exist_ok=True)
         (path if there == "a file" else path / "a").write_text("precious")
-    with pytest.raises(FileExistsError, match="something else"), replacing(path) as temporary:
-        if there == "a file":
-            temporary.mkdir()
-        else:
-            temporary.write_text("new")
+
+    def replace() -> None:
+        with replacing(path) as temporary:
+            temporary.mkdir() if there == "a file" else temporary.write_text("new")
+
+    with pytest.raises(FileExistsError, match="something else"):
+        replace()
     assert path.is_fifo() or (path if there == "a file" else path / "a").read_text() == "precious"
     assert [entry.name for entry in tmp_path.iterdir()] == ["path"]
