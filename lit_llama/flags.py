@@ -185,7 +185,7 @@ def _from_file(file: str, kinds: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _whole(kind: Any, texts: list[str]) -> str:
     """The last value; for a list all of them, so that `--x a --x b` is `--x [a, b]`. In brackets it is YAML."""
-    if not any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind))):
+    if not _is_list(kind):
         return texts[-1]
     items = []
     for text in texts:
@@ -204,22 +204,29 @@ def _check(flag: str, text: str, kind: Any) -> None:
     """Refuse what no flag can hold, and a path that is none, or leads through a file or in a circle."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         _wrong(f"{flag} {text.encode('utf-8', 'replace').decode()}: should be UTF-8")
-    if int in (kind, *get_args(kind)) and len(text) > 18:
-        _wrong(f"{flag} {text}: should be a whole number of at most 18 digits")
-    if Path not in (kind, *get_args(kind)) or text == "null":
-        return
-    for path in json.loads(text) if get_origin(kind) is list else [text]:
-        try:
-            os.stat(path)
-            continue
-        except FileNotFoundError:
-            reason = "is empty, should be a path" if path == "" else None
-        except OSError as error:
-            reason = error.strerror
-        except (TypeError, ValueError):
-            reason = "should be a path"
-        if reason is not None:
-            _wrong(f"{flag} {path}: {reason}")
+    kinds, parts = _leaves(kind) - {NoneType, ...}, json.loads(text) if _is_list(kind) and text != "null" else [text]
+    for part in parts if text != "null" else ():
+        if kinds <= {int, float, bool} and not (isinstance(part, str) and NUMBER.fullmatch(part)):
+            _wrong(f"{flag} {text}: should be {_called(kind)[1]}")
+        if int in kinds and len(part) > 18:
+            _wrong(f"{flag} {text}: should be a whole number of at most 18 digits")
+        if Path in kinds:
+            try:
+                if part == "":
+                    _wrong(f"{flag} {text}: is empty, should be a path")
+                os.stat(part)
+            except FileNotFoundError:
+                pass  # may be made
+            except (OSError, TypeError, ValueError) as error:
+                _wrong(f"{flag} {part}: {getattr(error, 'strerror', None) or 'should be a path'}")
+
+
+def _leaves(kind: Any) -> set[Any]:
+    return {leaf for part in get_args(kind) for leaf in _leaves(part)} or {kind}
+
+
+def _is_list(kind: Any) -> bool:
+    return any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind)))
 
 
 def _fits(kind: Any, text: str) -> bool:

@@ -45,10 +45,10 @@ ADAPTER_V2 = "generate/adapter_v2.py"
 GOOD = {"instruction": "a", "output": "b"}
 PREPARE_CSV, PREPARE_JSONL = (PREPARE.replace("records.json", f"records.{kind}") for kind in ("csv", "jsonl"))
 SCORE = f"{CHECKPOINT} --source {{}}/records.json"
-SIDES = "{}/checkpoint {}/lora --source {}/records.json --out_dir {}/new"
+SIDES = "--models {}/checkpoint --models {}/lora --source {}/records.json --out_dir {}/new"
 TASKS = f"{CHECKPOINT} --tasks a --include_path {{}}/tasks"
 HEADER = ",".join(("step", "val_loss", *PANELS))
-DRAW = "{} --out {}/new.png"
+DRAW = "--runs {} --out {}/new.png"
 LONG = "x" * 5000
 
 
@@ -212,7 +212,7 @@ RECORDS = {
     ),
     "a CSV quote without an end": (
         write("records.csv", 'instruction,output\n"a,b\nc,d\n'),
-        *(JSON, PREPARE_CSV, r"records.csv, line 4: malformed CSV \(unexpected end of data\)"),
+        *(JSON, PREPARE_CSV, r"records.csv, line 2: malformed CSV \(unexpected end of data\)"),
     ),
     "a hundred thousand columns": (
         write("records.json", json.dumps([{f"column {n}": "" for n in range(10**5)}] * 3)),
@@ -240,7 +240,7 @@ RECORDS = {
             talk(("user", "a"), ("user", "b"), ("assistant", "c"))(p),
             write(
                 "checkpoint/chat_template.jinja",
-                "{% if messages[1].role == 'user' %}{{ raise_exception('no') }}{% endif %}",
+                "{% if messages | length > 1 and messages[1].role == 'user' %}{{ raise_exception('no') }}{% endif %}",
             )(p),
         ),
         *(JSON, f"{PREPARE} --template chat", r"record 2: .*checkpoint: its chat template failed \(no\)"),
@@ -442,7 +442,7 @@ FLAGS = {
         r"--train.learning_rate -1.0: .*from 0",
         2,
     ),
-    "learning rate of infinity": (None, FULL, f"{TRAIN} --train.learning_rate .inf", r"--train.learning_rate .inf", 2),
+    "learning rate of infinity": (None, FULL, f"{TRAIN} --train.learning_rate .inf", r"--train.learning_rate inf", 2),
     "beta1 of 1": (None, FINETUNE, f"{TRAIN} --train.beta1 1", r"--train.beta1 1.0: .*below 1.0", 2),
     "beta2 of 1.5": (None, FINETUNE, f"{TRAIN} --train.beta2 1.5", r"--train.beta2 1.5: .*below 1.0", 2),
     "weight decay of -1": (None, FINETUNE, f"{TRAIN} --train.weight_decay -1", r"--train.weight_decay -1", 2),
@@ -525,9 +525,21 @@ FLAGS = {
     "nothing to score": (None, PERPLEXITY, CHECKPOINT, r"--source, --data_dir: give one of them", 2),
     "no model to score": (None, PERPLEXITY, "--source {}/records.json", r"--checkpoint_dir, --lora_path, --adapter", 2),
     "nothing to compare": (None, COMPARE, "--source {}/records.json --models []", r"--models \[\]: should name", 2),
-    "no model named": (None, COMPARE, "--source {}/records.json", r"models \(one or more\): needed", 2),
-    "a model twice": (None, COMPARE, "{}/lora {}/lora --source {}/records.json", r"--models .*none twice", 2),
-    "nothing to compare them on": (None, COMPARE, "{}/checkpoint", r"--source, --data_dir, --prompt_file: give one", 2),
+    "no model named": (None, COMPARE, "--source {}/records.json", r"--models: needed", 2),
+    "a model twice": (
+        None,
+        COMPARE,
+        "--models {}/lora --models {}/lora --source {}/records.json",
+        r"--models .*none twice",
+        2,
+    ),
+    "nothing to compare them on": (
+        None,
+        COMPARE,
+        "--models {}/checkpoint",
+        r"--source, --data_dir, --prompt_file: give one",
+        2,
+    ),
     "a model that is none": (
         None,
         COMPARE,
@@ -678,7 +690,7 @@ FOLDERS = {
         None,
         *(MERGE, "--lora_path {}/lora --out_dir {}/records.json/x", r"--out_dir .*: Not a directory", 2),
     ),
-    "a picture below a file": (None, PLOT, "{} --out {}/records.json/a.png", r"--out .*: Not a directory", 2),
+    "a picture below a file": (None, PLOT, "--runs {} --out {}/records.json/a.png", r"--out .*: Not a directory", 2),
     "a comparison into a file": (
         None,
         *(COMPARE, SIDES.replace("/new", "/records.json"), r"--out_dir .*records.json: is a file", 2),
@@ -770,7 +782,13 @@ FOLDERS = {
         r"--out_dir : is empty, should be a path",
         2,
     ),
-    "an empty path in a list": (None, LORA, ["--lora_path", "['']", "--prompt", "a"], r"--lora_path : is empty", 2),
+    "an empty path in a list": (
+        None,
+        LORA,
+        ["--lora_path", "['']", "--prompt", "a"],
+        r"--lora_path \[\"\"\]: is empty",
+        2,
+    ),
     "a path of 5,000 characters": (
         None,
         JSON,
