@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
 from lit_llama.errors import UserError
 from lit_llama.files import read_text
@@ -63,16 +63,18 @@ class _Values(_Words, yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_load = get_loader("yaml")
+
+
 def _value(text: str) -> Any:
-    """What jsonargparse takes a flag's text for: a number, true, false or null, a list as JSON, else the text."""
+    """What jsonargparse takes a flag's text for: YAML, but text where tags or aliases stand, and where it is none."""
     try:
-        value = json.loads(text) if text.startswith("[") else yaml.safe_load(text) if NUMBER.fullmatch(text) else text
-    except (ValueError, RecursionError, yaml.YAMLError):  # brackets that mean nothing, a number of thousands of digits
+        return text if re.search("[!&*]", text) else _load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: a number of thousands of digits
         return text
-    return value if isinstance(value, (int, float, list, NoneType)) else text
 
 
-set_loader("yaml", _value)  # its own one is all of YAML, tags and aliases too
+set_loader("yaml", _value)
 
 
 def read(main: Callable, words: list[str], positional: str | None = None) -> tuple[dict[str, Any], str]:

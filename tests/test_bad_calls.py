@@ -34,6 +34,7 @@ from conftest import load_script
 
 from lit_llama import cli
 from lit_llama.files import replacing
+from lit_llama.flags import read
 from lit_llama.plots import PANELS
 
 DOLLY, FULL, CHAT = "scripts/prepare_dolly.py", "finetune/full.py", "generate/chat.py"
@@ -892,10 +893,33 @@ def test_what_is_odd_but_good_is_read(place: Path, monkeypatch, name: str, conte
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a\0b", "!!timestamp x", "[1, 2", "{a: &b c}", "2001-99-99", "0b_", "\x1b[2J", "é" * 50]
+    "prompt",
+    {
+        "NUL": "a\0b",
+        "escape": "\x1b[2J",
+        "tag": "!!timestamp x",
+        "code": "!!python/name:os.system",
+        "anchor": "{a: &b c}",
+        "bomb": BOMB,
+        "JSON": '{"a": 1}',
+        "list": "[1, 2]",
+        "half a list": "[1, 2",
+        "brackets": "[" * 60_000,
+        "no date": "2001-99-99",
+        "date": "2001-01-01",
+        "no number": "0b_",
+        "digits": "1" * 5000,
+        "marks": "---",
+        "long": "a: é\n" * 20_000,
+    }.items(),
+    ids=lambda item: item[0],
 )
-def test_a_prompt_may_be_any_text(place: Path, monkeypatch, capsys, prompt: str) -> None:
-    run(BASE, [*ASK.split(), "--prompt", prompt, "--temperature", "0"], place, monkeypatch)
+def test_a_prompt_may_be_any_text(prompt: tuple[str, str]) -> None:
+    assert read(load_script(BASE).main, ["--prompt", prompt[1]])[0]["prompt"] == prompt[1]
+
+
+def test_a_prompt_with_nul_is_answered(place: Path, monkeypatch, capsys) -> None:
+    run(BASE, [*ASK.split(), "--prompt", "a\0b", "--temperature", "0"], place, monkeypatch)
     assert "Memory used" in capsys.readouterr().err
 
 
