@@ -915,7 +915,7 @@ def test_what_is_odd_but_good_is_read(place: Path, monkeypatch, name: str, conte
     ids=lambda item: item[0],
 )
 def test_a_prompt_may_be_any_text(prompt: tuple[str, str]) -> None:
-    assert read(load_script(BASE).main, ["--prompt", prompt[1]])[0]["prompt"] == prompt[1]
+    assert read(load_script(BASE).main, [f"--prompt={prompt[1]}"])[0]["prompt"] == prompt[1]
 
 
 def test_a_prompt_with_nul_is_answered(place: Path, monkeypatch, capsys) -> None:
