@@ -69,7 +69,8 @@ _load = get_loader("yaml")
 def _value(text: str) -> Any:
     """What jsonargparse takes a flag's text for: YAML, but text where tags or aliases stand, and where it is none."""
     try:
-        return text if re.search("[!&*]", text) else _load(text)
+        value = text if re.search("[!&*]", text) else _load(text)
+        return text if value is None and text not in ("null", "~") else value  # "# a title" is text too
     except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: a number of thousands of digits
         return text
 

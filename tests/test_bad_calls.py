@@ -910,6 +910,7 @@ def test_what_is_odd_but_good_is_read(place: Path, monkeypatch, name: str, conte
         "no number": "0b_",
         "digits": "1" * 5000,
         "marks": "---",
+        "heading": "# A title",
         "long": "a: é\n" * 20_000,
     }.items(),
     ids=lambda item: item[0],
