@@ -126,7 +126,7 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
         turns = [{"role": message["role"], "content": content(message)} for message in messages]
         try:
             return compiled(jinja).render(messages=turns, add_generation_prompt=add_generation_prompt, **tokens)
-        except Exception as error:  # a template is somebody's program
+        except (TemplateError, ValueError, TypeError) as error:
             raise UserError(f"{folder}: its chat template failed ({error})") from None
 
     # what the template puts behind an answer tells which token ends one
