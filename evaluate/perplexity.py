@@ -85,7 +85,7 @@ def read_source(source: Path, columns: Columns) -> str | dict[str, Messages]:
     """A text, or the conversations of records, by their place in the file. Raises UserError for what is neither."""
     if source.suffix in (".json", ".jsonl", ".csv"):
         return read_conversations(source, columns)
-    return read_text(source, ". Give a file with --source")
+    return read_text(source, hint=". Give a file with --source")
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Sample]:

@@ -19,7 +19,7 @@ from lit_llama.errors import UserError
 MAX_FILE_BYTES = 5 * 10**9
 
 
-def read_text(file: Path, hint: str = "", max_bytes: int | None = None) -> str:
+def read_text(file: Path, max_bytes: int | None = None, hint: str = "") -> str:
     """The text of a UTF-8 file, with or without BOM. `hint` is put behind what is said of one that cannot be read.
 
     Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.

@@ -46,7 +46,7 @@ def plot_metrics(runs: Sequence[Path], out: Path) -> list[Path]:
 
 def read_metrics(file: Path) -> dict[str, list[float | None]]:
     """The columns of a `metrics.csv`, None where a field is empty; a row still being written is left out."""
-    text = read_text(file, ". Give the --out_dir of a finetuning run")
+    text = read_text(file, hint=". Give the --out_dir of a finetuning run")
     header, *rows = (line.split(",") for line in text[: text.rfind("\n") + 1].split("\n")[:-1] or [""])
     if len(set(header)) < len(header):
         raise UserError(f"{file}: no metrics of a run, a column is there twice")

@@ -44,7 +44,7 @@ def read_records(source: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, empty or malformed; the message has the line.
     """
-    text = read_text(source, ". Give a file with --source")
+    text = read_text(source, hint=". Give a file with --source")
     if not text.strip():
         raise UserError(f"{source}: the file is empty")
     if source.suffix == ".csv":

@@ -22,7 +22,7 @@ from lit_llama.files import check_new_folder, replacing, save_tensors
 from lit_llama.prompts import get_template, stop_ids
 from lit_llama.records import Columns, encode_answers, read_records, to_messages
 
-SET_FILES = {"train.safetensors", "val.safetensors", "meta.json"}
+SET_FILES = {"train.safetensors", "val.safetensors", "meta.json", "checksums.txt"}
 
 
 def fetch(url: str, file: Path) -> Path:
