@@ -365,7 +365,8 @@ def side_by_side(texts: Mapping[str, str], width: int | None = None) -> list[str
 
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that hold something. Raises UserError where there is none."""
-    prompts = [line for line in read_text(file, hint=". Give a text file with --prompt_file").splitlines() if line.strip()]
+    lines = read_text(file, hint=". Give a text file with --prompt_file").splitlines()
+    prompts = [line for line in lines if line.strip()]
     for number, prompt in enumerate(prompts, start=1):
         check_length(prompt, f"{file}, prompt {number}")
     if not prompts:
