@@ -1,6 +1,7 @@
 """Run tasks of EleutherAI's lm-evaluation-harness, or your own ones, on a model. Guide: howto/evaluate.md"""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def main(
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
 
-    if not tasks or batch_tokens < 1 or (limit is not None and limit <= 0) or (num_fewshot or 0) < 0:
+    if not tasks or batch_tokens < 1 or (limit is not None and not 0 < limit < math.inf) or (num_fewshot or 0) < 0:
         raise UserError("--tasks: name at least one; --batch_tokens, --limit: more than 0; --num_fewshot: from 0 on")
     if template is not None and not apply_chat_template:
         raise UserError(f"--template {template}: questions go into a template with --apply_chat_template only")

@@ -9,6 +9,7 @@ from lit_llama import LLaMAConfig, Tokenizer, UserError
 from lit_llama.cli import run
 from lit_llama.data import open_prepared
 from lit_llama.distributed import inference_dtype
+from lit_llama.files import read_text
 from lit_llama.generation import default_device
 from lit_llama.loading import chosen_folder, load_finetuned, model_folder
 from lit_llama.prompts import Messages, get_template, stop_ids
@@ -84,10 +85,7 @@ def read_source(source: Path, columns: Columns) -> str | dict[str, Messages]:
     """A text, or the conversations of records, by their place in the file. Raises UserError for what is neither."""
     if source.suffix in (".json", ".jsonl", ".csv"):
         return read_conversations(source, columns)
-    try:
-        return source.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: is not UTF-8 text (byte {error.start}). Save it as UTF-8") from None
+    return read_text(source, hint=". Give a file with --source")
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Sample]:

@@ -45,8 +45,10 @@ class AdapterConfig:
     start_layer: int = 2
 
     def __post_init__(self) -> None:
-        if self.prompt_length < 1 or self.start_layer < 0:
-            raise UserError("--adapter.prompt_length should be at least 1, --adapter.start_layer at least 0")
+        if not 1 <= self.prompt_length <= 2**14 or self.start_layer < 0:
+            raise UserError(
+                f"--adapter.prompt_length should be at least 1 and at most {2**14}, --adapter.start_layer at least 0"
+            )
 
 
 class AdapterAttention(nn.Module):

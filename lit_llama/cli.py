@@ -62,5 +62,5 @@ def used_flags() -> str:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {UserError(message)}", file=sys.stderr)
     raise SystemExit(status) from None

@@ -50,8 +50,11 @@ def make_fabric(
     for flag, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value < 1:
             raise UserError(f"--{flag} {value}: should be at least 1")
-    if torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise UserError(f"--devices {devices}: this machine has {torch.cuda.device_count()}")
+    there, of = torch.cuda.device_count(), "GPUs"
+    if not torch.cuda.is_available():  # processes on the CPU, which may be more than its cores, in a test
+        there, of = max(8, os.cpu_count() or 1), "as the most for its CPU"
+    if devices > there:
+        raise UserError(f"--devices {devices}: this machine has {there} {of}")
     world_size = devices * num_nodes
     if (started := int(os.environ.get("WORLD_SIZE", world_size))) != world_size:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: torchrun has started {started} processes")

@@ -1,5 +1,6 @@
 """Files that are whole: safetensors and pickled tensors read with care, and writing that leaves the old or the new."""
 
+import errno
 import json
 import os
 import pickle
@@ -51,6 +52,27 @@ def check_file(file: Path, max_bytes: int | None = None) -> None:
         raise UserError(
             f"{file}: has {file.stat().st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
         )
+
+
+def read_text(file: Path, max_bytes: int | None = None, hint: str = "") -> str:
+    """The text of a UTF-8 file, with or without BOM. `hint` is put behind what is said of one that cannot be read.
+
+    Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.
+    """
+    try:
+        size, is_other = file.stat().st_size, file.exists() and not file.is_file()
+        if is_other or size > (max_bytes or size):
+            reason = "is no file" if is_other else f"has {size:,} bytes, which is over {max_bytes:,}"
+            raise UserError(f"{file}: cannot be read ({reason}){hint}")
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}){hint}") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}, line {line}: holds a NUL, so it is no UTF-8 text. Save it as UTF-8 first")
+    return text
 
 
 @contextmanager
@@ -149,11 +171,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It is flushed before, and removed if the block ends in an error: readers see the old one or the new one.
     """
-    (path := path.resolve()).parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(os.path.realpath(path))).parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
         yield temporary
         flush(temporary)
+        if path.exists() and not (path.is_dir() if temporary.is_dir() else path.is_file()):
+            raise FileExistsError(errno.EEXIST, "is there, and is something else than what is to be written", str(path))
         if path.is_dir():  # a file is replaced by the rename itself
             path.rename(old)
         temporary.rename(path)

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,12 +12,14 @@ from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
 from lit_llama.errors import UserError
+from lit_llama.files import read_text
 
 KINDS = {
     bool: ("true|false", "true or false"),
@@ -25,6 +28,8 @@ KINDS = {
     Path: ("PATH", "a path"),
     str: ("TEXT", "text"),
 }
+NUMBER = re.compile(r"[\w.+-]+|~")  # or a word
+MAX_CONFIG_BYTES = 10**5
 GENERAL = {
     "config": ("--config PATH", "YAML file of flags, such as a run's config.yaml; flags beside it take precedence"),
     "print_config": ("--print_config", "print all flags as such a file, or with =skip_default those that differ"),
@@ -34,6 +39,43 @@ GENERAL = {
 
 class WrongCall(UserError):
     """A command line or a --config that is no call of the script."""
+
+
+class _Words(yaml.BaseLoader):
+    """YAML of text alone. No tags, which may make anything, nor aliases, by which a few lines expand to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if event.anchor or getattr(event, "tag", None):
+            raise yaml.YAMLError(f"tags, anchors and aliases are not read,{event.start_mark}")
+        return super().compose_node(parent, index)
+
+
+class _Values(_Words, yaml.SafeLoader):
+    """With numbers, truth values and null, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"{key.value!r} is there twice,{key.start_mark}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_load = get_loader("yaml")
+
+
+def _value(text: str) -> Any:
+    """What jsonargparse takes a flag's text for: YAML, but text where tags or aliases stand, and where it is none."""
+    try:
+        value = text if re.search("[!&*]", text) else _load(text)
+        return text if value is None and text not in ("null", "~") else value  # "# a title" is text too
+    except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: a number of thousands of digits
+        return text
+
+
+set_loader("yaml", _value)
 
 
 def read(main: Callable, words: list[str], positional: str | None = None) -> tuple[dict[str, Any], str]:
@@ -65,6 +107,8 @@ def read(main: Callable, words: list[str], positional: str | None = None) -> tup
     if missing and "print_config" not in texts:
         names = (f"{name} (one or more)" if name == positional else f"--{name}" for name in missing)
         _wrong(f"{', '.join(names)}: needed")
+    for name, (where, text) in given.items():
+        _check(f"{where}{name}", text, kinds[name])
     arguments = [f"--{name}={text}" for name, (_, text) in given.items()]
     try:
         namespace = parser.parse_args([*arguments, *(f"--print_config={how}" for how in texts.get("print_config", []))])
@@ -122,16 +166,18 @@ def _texts(words: list[str], kinds: dict[str, Any], positional: str | None) -> d
 def _from_file(file: str, kinds: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """("train.epochs", 5) and so on, whether the file nests them or writes them with a dot."""
     try:
-        with open(file, encoding="utf-8") as stream:
-            loaded = yaml.safe_load(stream)
-    except OSError as error:
-        _wrong(f"--config {file}: {error.strerror}")
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        loaded = yaml.load(read_text(Path(file), max_bytes=MAX_CONFIG_BYTES), _Values)
+    except UserError as error:
+        _wrong(f"--config {error}")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that there is not
         _wrong(f"--config {file}: not YAML ({' '.join(str(error).split())})")
     if not isinstance(loaded, dict):
         _wrong(f"--config {file}: should hold flags, as --print_config prints them")
-    rest = list(loaded.items())
+    rest, seen = list(loaded.items()), set()
     for name, value in rest:
+        if name in seen:  # once nested, once with a dot
+            _wrong(f"{file}: {name} is there twice")
+        seen.add(name)
         if isinstance(value, dict):
             rest += ((f"{name}.{key}", part) for key, part in value.items())
         elif name in kinds:
@@ -142,19 +188,48 @@ def _from_file(file: str, kinds: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _whole(kind: Any, texts: list[str]) -> str:
     """The last value; for a list all of them, so that `--x a --x b` is `--x [a, b]`. In brackets it is YAML."""
-    if not any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind))):
+    if not _is_list(kind):
         return texts[-1]
     items = []
     for text in texts:
         try:
-            items += yaml.load(text, yaml.BaseLoader) if re.fullmatch(r"\[.*\]", text, re.DOTALL) else [text]
-        except yaml.YAMLError:
+            items += yaml.load(text, _Words) if re.fullmatch(r"\[.*\]", text, re.DOTALL) else [text]
+        except (yaml.YAMLError, RecursionError):
             items.append(text)
     return _yaml(items)
 
 
 def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _check(flag: str, text: str, kind: Any) -> None:
+    """Refuse what no flag can hold, and a path that is none, or leads through a file or in a circle."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        _wrong(f"{flag} {text.encode('utf-8', 'replace').decode()}: should be UTF-8")
+    kinds, parts = _leaves(kind) - {NoneType, ...}, json.loads(text) if _is_list(kind) and text != "null" else [text]
+    for part in parts if text != "null" else ():
+        if kinds <= {int, float, bool} and not (isinstance(part, str) and NUMBER.fullmatch(part)):
+            _wrong(f"{flag} {text}: should be {_called(kind)[1]}")
+        if int in kinds and len(part) > 18:
+            _wrong(f"{flag} {text}: should be a whole number of at most 18 digits")
+        if Path in kinds:
+            try:
+                if part == "":
+                    _wrong(f"{flag} {text}: is empty, should be a path")
+                os.stat(part)
+            except FileNotFoundError:
+                pass  # may be made
+            except (OSError, TypeError, ValueError) as error:
+                _wrong(f"{flag} {part}: {getattr(error, 'strerror', None) or 'should be a path'}")
+
+
+def _leaves(kind: Any) -> set[Any]:
+    return {leaf for part in get_args(kind) for leaf in _leaves(part)} or {kind}
+
+
+def _is_list(kind: Any) -> bool:
+    return any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind)))
 
 
 def _fits(kind: Any, text: str) -> bool:

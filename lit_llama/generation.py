@@ -1,6 +1,7 @@
 """Decoding: one prefill, then a token at a time from the KV cache."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,10 +23,12 @@ from lit_llama.checkpoint import load_model
 from lit_llama.decoding import DecodeStep, prepare
 from lit_llama.distributed import peak_memory_bytes
 from lit_llama.errors import UserError
+from lit_llama.files import read_text
 from lit_llama.many_loras import choose_loras
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, get_template, stop_ids
 from lit_llama.quantize import FOR_DECODING, quantization
+from lit_llama.records import check_length
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -48,11 +51,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        good = self.temperature >= 0 and self.max_new_tokens >= 0 and 0 < self.top_p <= 1
+        good = (
+            (self.temperature == 0 or 1e-6 <= self.temperature < math.inf)
+            and self.max_new_tokens >= 0
+            and 0 < self.top_p <= 1
+        )
         if not good or (self.top_k is not None and self.top_k < 1):
-            raise UserError(
-                "--temperature, --max_new_tokens: should be from 0 on, --top_p in (0, 1], --top_k from 1 on"
-            )
+            hint = "--max_new_tokens from 0 on, --top_p in (0, 1], --top_k from 1 on"
+            raise UserError(f"--temperature should be 0 or from 1e-6 on, {hint}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """What draws: of its own where there is a seed."""
@@ -370,10 +376,10 @@ def side_by_side(texts: Mapping[str, str], width: int | None = None) -> list[str
 
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that hold something. Raises UserError where there is none."""
-    try:
-        prompts = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 text (byte {error.start}). Save it as UTF-8") from None
+    lines = read_text(file, hint=". Give a text file with --prompt_file").splitlines()
+    prompts = [line for line in lines if line.strip()]
+    for number, prompt in enumerate(prompts, start=1):
+        check_length(prompt, f"{file}, prompt {number}")
     if not prompts:
         raise UserError(f"{file}: holds no prompt. Write one in each line")
     return prompts

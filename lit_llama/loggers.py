@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_llama.cli import used_flags
 from lit_llama.errors import UserError
-from lit_llama.files import replacing
+from lit_llama.files import read_text, replacing
 from lit_llama.plots import plot_metrics
 from lit_llama.run_folder import METRICS, Progress, add_metrics, flatten
 
@@ -124,7 +124,7 @@ def open_logger(name: str, out_dir: Path, step: int) -> "Logger":
     TensorBoard's goes into `out_dir`/tensorboard. Raises UserError where the logger raises anything.
     """
     file, title = out_dir / f"{name}_run_id.txt", "/".join(out_dir.resolve().parts[-2:])
-    run_id = file.read_text("utf-8").strip() if file.is_file() else None
+    run_id = read_text(file).strip() if file.is_file() else None
     flags = flatten(yaml.safe_load(used_flags()) or {})
     try:
         if name == "tensorboard":

@@ -58,8 +58,8 @@ class LoRAConfig:
     loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"--lora.r {self.r}: should be at least 1")
+        if not 1 <= self.r <= 2**14:
+            raise UserError(f"--lora.r {self.r}: should be at least 1, and at most {2**14}")
         for name in ("alpha", "loraplus_lr_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--lora.{name} {getattr(self, name)}: should be more than 0")

@@ -1,6 +1,5 @@
 """Pictures of runs: each `metrics.csv` over its steps, several runs over each other."""
 
-import csv
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_llama.errors import UserError
-from lit_llama.files import replacing
+from lit_llama.files import read_text, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,12 +46,10 @@ def plot_metrics(runs: Sequence[Path], out: Path) -> list[Path]:
 
 def read_metrics(file: Path) -> dict[str, list[float | None]]:
     """The columns of a `metrics.csv`, None where a field is empty; a row still being written is left out."""
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"{file}: cannot be read ({reason}). Give the --out_dir of a finetuning run") from None
-    header, *rows = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
+    text = read_text(file, hint=". Give the --out_dir of a finetuning run")
+    header, *rows = (line.split(",") for line in text[: text.rfind("\n") + 1].split("\n")[:-1] or [""])
+    if len(set(header)) < len(header):
+        raise UserError(f"{file}: no metrics of a run, a column is there twice")
     if missing := {"step", "val_loss", *PANELS} - set(header):
         raise UserError(f"{file}: no metrics of a run, there is no column {', '.join(sorted(missing))}")
     if not rows:
@@ -61,10 +58,17 @@ def read_metrics(file: Path) -> dict[str, list[float | None]]:
     for number, row in enumerate(rows, 2):
         try:
             for name, field in zip(header, row, strict=True):
-                columns[name].append(None if name == "val_loss" and not field else float(field))
+                columns[name].append(None if name == "val_loss" and not field else finite(field))
         except ValueError:
             raise UserError(f"{file}, line {number}: damaged, no number in each column. Remove this line") from None
     return columns
+
+
+def finite(field: str) -> float:
+    """A number that can be drawn. Raises ValueError for others."""
+    if not abs(value := float(field)) < 1e30:
+        raise ValueError
+    return value
 
 
 def labels(runs: Sequence[Path]) -> list[str]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.files import read_text
 from lit_llama.prompts import Messages, Template, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 
 SURPLUS = "fields without a name"
+MAX_TEXT = 2_000_000  # characters: tokenizing takes seconds and GBs for ten times as many
 
 
 @dataclass
@@ -30,6 +32,11 @@ class Columns:
     input: str = "input"
     output: str = "output"
 
+    def __post_init__(self) -> None:
+        names = [self.instruction, self.input, self.output]
+        if len(set(names)) < 3:
+            raise UserError(f"--columns.*: instruction, input and output should be three columns, not {names}")
+
 
 def read_records(source: Path) -> list[dict[str, Any]]:
     """The records of a JSON array (`.json`), JSON objects a line (`.jsonl`) or a CSV with a header (`.csv`), UTF-8.
@@ -37,12 +44,7 @@ def read_records(source: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, empty or malformed; the message has the line.
     """
-    try:
-        text = source.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}). Give a file with --source") from None
+    text = read_text(source, hint=". Give a file with --source")
     if not text.strip():
         raise UserError(f"{source}: the file is empty")
     if source.suffix == ".csv":
@@ -50,6 +52,9 @@ def read_records(source: Path) -> list[dict[str, Any]]:
         rows = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS, strict=True)
         records: Any = []
         try:
+            names = rows.fieldnames or []
+            if not any(names) or len(set(names)) < len(names):
+                raise UserError(f"{source}, line 1: should name each column, and none twice: {', '.join(names)}")
             for record in rows:
                 if SURPLUS in record or None in record.values():
                     found = "more" if SURPLUS in record else "fewer"
@@ -72,12 +77,20 @@ def read_records(source: Path) -> list[dict[str, Any]]:
 
 def _parse_json(text: str, source: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{source}, line {line}, column {error.colno}: malformed JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
         raise UserError(f"{source}, line {first_line}: JSON that cannot be read ({error})") from None
+
+
+class _Ambiguous(dict):
+    """A JSON object with a key more than once."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return (dict if len(whole := dict(pairs)) == len(pairs) else _Ambiguous)(whole)
 
 
 def to_messages(record: Any, columns: Columns, place: str) -> Messages:
@@ -88,21 +101,26 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
     """
     if not isinstance(record, dict):
         raise UserError(f"{place}: should be an object, is {type(record).__name__}")
+    turns = record.get("messages")
+    for part in (record, *(turns if isinstance(turns, list) else [])):
+        if isinstance(part, _Ambiguous):
+            raise UserError(f"{place}: a key is there twice in it, one of {', '.join(part)}")
     if "messages" in record and columns.instruction not in record:
-        messages = record["messages"]
-        good = isinstance(messages, list) and all(
+        good = isinstance(turns, list) and all(
             isinstance(m, dict)
             and isinstance(m.get("content"), str)
             and isinstance(m.get("input", ""), str)
             and m.get("role") in ("system", "user", "assistant")
-            for m in messages
+            for m in turns
         )
-        if not good or not any(m["role"] == "assistant" for m in messages) or messages[0]["role"] == "assistant":
+        if not good or not any(m["role"] == "assistant" for m in turns) or turns[0]["role"] == "assistant":
             raise UserError(
                 f"{place}: `messages` should be a list of {{role: system|user|assistant, content: text}} "
                 "with an assistant's answer to something before it"
             )
-        return messages
+        for turn in turns:
+            check_length(turn["content"], place)
+        return turns
     for column in (columns.instruction, columns.output):
         if column not in record:
             found = ", ".join(map(str, record)) or "none"
@@ -110,8 +128,16 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
     values = [record[columns.instruction], record.get(columns.input) or "", record[columns.output]]
     if not all(isinstance(value, str) for value in values):
         raise UserError(f"{place}: instruction, input and output should be text")
+    for value in values:
+        check_length(value, place)
     user = {"role": "user", "content": values[0], "input": values[1]}
     return [user, {"role": "assistant", "content": values[2]}]
+
+
+def check_length(text: str, place: str) -> None:
+    """Raise UserError for a text that takes long to tokenize and is of no use to any model."""
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{place}: a text of {len(text):,} characters, more than any context holds. Cut it")
 
 
 def read_conversations(source: Path, columns: Columns) -> dict[str, Messages]:

@@ -1,5 +1,6 @@
 """Make one LoRA out of several: their weighted sum. Guide: howto/many_loras.md"""
 
+import math
 from pathlib import Path
 
 from lit_llama import LLaMAConfig, UserError
@@ -29,6 +30,8 @@ def main(
     weights = [1.0] * len(lora_path) if weights is None else weights
     if not lora_path or len(weights) != len(lora_path):
         raise UserError(f"--weights: {len(weights)} for {len(lora_path)} of --lora_path. Give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"--weights {weights}: should be numbers that are finite")
     base = checkpoint_dir or base_folder(lora_path[0])
     config, tensors = combine_loras(lora_path, weights, LLaMAConfig.from_checkpoint(base))
     templates = {training_template(path) for path in lora_path}

@@ -68,8 +68,8 @@ def main(
         raise UserError(f"--device {device}: unknown. Known: cuda, cpu")
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
-    if min(devices, micro_batch_tokens, sample_tokens) < 1:
-        raise UserError("--devices, --micro_batch_tokens, --sample_tokens: should be at least 1")
+    if not 1 <= min(devices, micro_batch_tokens, sample_tokens) <= max(devices, micro_batch_tokens) <= 10**6:
+        raise UserError("--devices, --micro_batch_tokens, --sample_tokens: should be at least 1, and at most a million")
     apply = {
         "lora": lambda model: apply_lora(model, lora),
         "adapter": lambda model: apply_adapter(model, adapter),

@@ -24,6 +24,8 @@ from lit_llama.files import check_new_folder, replacing, save_tensors
 from lit_llama.prompts import get_template, stop_ids
 from lit_llama.records import Columns, encode_answers, read_records, to_messages
 
+SET_FILES = {"train.safetensors", "val.safetensors", "meta.json", "checksums.txt"}
+
 
 def fetch(url: str, file: Path) -> Path:
     """Download a file unless it is there already; it gets its name only once it is complete.
@@ -95,7 +97,8 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
         )
     if args.max_seq_length < 2:
         raise UserError(f"--max_seq_length {args.max_seq_length}: should be at least 2")
-    if not (args.data_dir / "meta.json").is_file():  # only a prepared set may be replaced
+    there = {path.name for path in args.data_dir.iterdir()} if args.data_dir.is_dir() else set()
+    if "meta.json" not in there or there - SET_FILES:  # only a prepared set may be replaced
         check_new_folder(args.data_dir)
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)

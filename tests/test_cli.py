@@ -165,7 +165,7 @@ def test_words_become_arguments(words: str | list[str], seen: dict) -> None:
         ("a --out", "--out: needs a value"),
         ("a --out --log", "--out: needs a value"),
         ("--log", "runs (one or more): needed"),
-        ("a --config none.yaml", "--config none.yaml: No such file or directory"),
+        ("a --config none.yaml", "--config none.yaml: cannot be read (No such file or directory)"),
     ],
 )
 def test_a_wrong_word_is_named(words: str, message: str) -> None:

@@ -94,7 +94,7 @@ ROW = "1,8,100,2.5,,0.1,1,10,100"
     ("content", "message"),
     [
         (None, r"metrics.csv: cannot be read \(No such file or directory\).*--out_dir"),
-        (b"\xff\xfe", r"metrics.csv: cannot be read \(not UTF-8\)"),
+        (b"\xff\xfe", r"metrics.csv: not UTF-8"),
         (b"", r"metrics.csv: no metrics of a run, there is no column grad_norm"),
         (b"step,loss\n1,2\n", r"there is no column grad_norm, learning_rate, tokens_per_second, val_loss"),
         (f"{METRICS}\n".encode(), r"metrics.csv: no step in it yet"),
