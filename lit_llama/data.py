@@ -66,7 +66,7 @@ def open_prepared(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> 
         before, problem = _identity(data_dir), None
         try:
             found = _open_prepared(data_dir, tokenizer, config)
-        except (UserError, OSError, RuntimeError) as error:  # safetensors' own, where a file goes as it is opened
+        except (UserError, OSError) as error:
             problem = error
         if _identity(data_dir) == before and not (before is None and _is_being_replaced(data_dir)):
             if problem is None:

@@ -1,5 +1,6 @@
 """Files that are whole: safetensors and pickled tensors read with care, and writing that leaves the old or the new."""
 
+import ctypes
 import errno
 import json
 import os
@@ -22,53 +23,29 @@ MAX_JSON_BYTES = 16 * 10**6  # in memory, JSON may take thirty times as much
 MAX_TOKENIZER_BYTES = 10**8
 
 
-def read_text(file: Path, max_bytes: int | None = None) -> str:
-    """The text of a UTF-8 file, with or without BOM.
-
-    Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.
-    """
-    try:
-        size, is_other = file.stat().st_size, file.exists() and not file.is_file()
-        if is_other or size > (max_bytes or size):
-            reason = "is no file" if is_other else f"has {size:,} bytes, which is over {max_bytes:,}"
-            raise UserError(f"{file}: cannot be read ({reason})")
-        text = file.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{file}, line {line}: holds a NUL, so it is no UTF-8 text. Save it as UTF-8 first")
-    return text
-
-
-def check_file(file: Path, max_bytes: int | None = None) -> None:
+def check_file(file: Path, max_bytes: int | None = None, hint: str = "") -> None:
     """Raise UserError unless `file` is a file, of at most `max_bytes`: opening a pipe would wait for ever."""
-    if not file.is_file():
-        reason = "missing" if not os.path.lexists(file) else "a folder" if file.is_dir() else "no regular file"
-        raise UserError(f"{file}: cannot be read, is {reason}. Download or write it again")
-    if max_bytes and file.stat().st_size > max_bytes:
-        raise UserError(
-            f"{file}: has {file.stat().st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
-        )
+    try:
+        size, is_file = file.stat().st_size, file.is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}){hint}") from None
+    if not is_file or size > (max_bytes or size):
+        reason = f"has {size:,} bytes, which is over {max_bytes:,}" if is_file else "is no file"
+        raise UserError(f"{file}: cannot be read ({reason}){hint}")
 
 
 def read_text(file: Path, max_bytes: int | None = None, hint: str = "") -> str:
     """The text of a UTF-8 file, with or without BOM. `hint` is put behind what is said of one that cannot be read.
 
-    Raises UserError where it is missing, no file (a pipe or device may have no end), too large, or holds other bytes.
+    Raises UserError as `check_file` does, and where it holds other bytes.
     """
+    check_file(file, max_bytes, hint)
     try:
-        size, is_other = file.stat().st_size, file.exists() and not file.is_file()
-        if is_other or size > (max_bytes or size):
-            reason = "is no file" if is_other else f"has {size:,} bytes, which is over {max_bytes:,}"
-            raise UserError(f"{file}: cannot be read ({reason}){hint}")
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start}). Save it as UTF-8 first") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}){hint}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}){hint}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{file}, line {line}: holds a NUL, so it is no UTF-8 text. Save it as UTF-8 first")
@@ -79,11 +56,19 @@ def read_text(file: Path, max_bytes: int | None = None, hint: str = "") -> str:
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """`safe_open` for reading on the CPU. Raises UserError where the file is missing, cut off or malformed."""
     check_file(file)
+
+    def damaged(error: Exception) -> UserError:
+        return UserError(f"{file}: damaged or cut off ({error}). Download or write it again")
+
     try:
-        with safe_open(file, framework="pt") as handle:
+        opened = safe_open(file, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, which maps the file
+        raise damaged(error) from None
+    try:
+        with opened as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or cut off ({error}). Download or write it again") from None
+        raise damaged(error) from None
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -169,7 +154,8 @@ def check_new_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path for a file or folder that takes the place of `path`, whole, once the block has ended.
 
-    It is flushed before, and removed if the block ends in an error: readers see the old one or the new one.
+    It is flushed before, and removed if the block ends in an error: readers see the old one or the new one. Where the
+    system cannot exchange two folders, these have for a moment neither.
     """
     (path := Path(os.path.realpath(path))).parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
@@ -178,15 +164,26 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(temporary)
         if path.exists() and not (path.is_dir() if temporary.is_dir() else path.is_file()):
             raise FileExistsError(errno.EEXIST, "is there, and is something else than what is to be written", str(path))
-        if path.is_dir():  # a file is replaced by the rename itself
-            path.rename(old)
-        temporary.rename(path)
+        if not (path.is_dir() and exchange(temporary, path)):  # after which `temporary` is the old one
+            if path.is_dir():  # a file is replaced by the rename itself
+                path.rename(old)
+            temporary.rename(path)
         _fsync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
         for leftover in (temporary, old):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two folders have each other's name, at once: Linux's renameat2. False where system or disk cannot."""
+    current_folder, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return renameat2(current_folder, os.fsencode(one), current_folder, os.fsencode(two), exchanging) == 0
 
 
 def flush(path: Path) -> None:

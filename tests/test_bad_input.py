@@ -774,13 +774,13 @@ CASES |= {
         lambda p: (p / "a.gguf").mkdir(),
         GGUF,
         f"--source {{}}/a.gguf {NEW}",
-        r"a.gguf: cannot be read, is a folder",
+        r"a.gguf: cannot be read \(is no file\)",
     ),
     "GGUF: a pipe": (
         lambda p: os.mkfifo(p / "a.gguf"),
         GGUF,
         f"--source {{}}/a.gguf {NEW}",
-        r"a.gguf: cannot be read, is no",
+        r"a.gguf: cannot be read \(is no file\)",
     ),
 }
 
@@ -832,7 +832,7 @@ TOKENIZERS = {
     ),
     "tokenizer.json, larger than any": (
         lambda p: os.truncate(p / TOKENIZER, 10**8 + 1),
-        r"tokenizer.json: has 100,000,001 bytes",
+        r"tokenizer.json: cannot be read \(has 100,000,001 bytes",
     ),
     "tokenizer.json, model of text": (edit(TOKENIZER, model="BPE"), r"tokenizer.json: not a tokenizer"),
     "tokenizer.json, vocabulary of a list": (model_of(vocab=["a"]), r"tokenizer.json: not a tokenizer"),

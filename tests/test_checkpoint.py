@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import lit_llama.checkpoint
 from lit_llama import UserError, load_model
 from lit_llama.checkpoint import replacing, save_checkpoint, tokenizer_files
+from lit_llama.files import exchange
 
 INPUT_IDS = torch.arange(30)[None]
 
@@ -119,6 +120,27 @@ def test_replacing_puts_the_whole_new_one_in_place(tmp_path: Path) -> None:
             assert not (folder / name).exists()
         assert [path.name for path in folder.iterdir()] == [name]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_there_at_every_moment_of_its_replacing(tmp_path: Path, monkeypatch, can_exchange: bool) -> None:
+    folder, there = tmp_path / "folder", []
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    if can_exchange and not exchange(tmp_path / "one", tmp_path / "two"):
+        pytest.skip("this file system cannot exchange two folders")
+    if not can_exchange:
+        monkeypatch.setattr(lit_llama.files, "exchange", lambda one, two: False)
+    monkeypatch.setattr(lit_llama.files, "_fsync", lambda path: there.append(folder.exists()))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), there.append(folder.exists())))
+    for name in ("first", "second"):
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+        assert [path.name for path in folder.iterdir()] == [name]
+    assert (False in there[there.index(True) :]) == (not can_exchange)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one", "two"]
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -5,9 +5,9 @@ import http.server
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,14 +118,19 @@ def hub(tmp_path: Path) -> Iterator[str]:
         httpd.shutdown()
 
 
-def download(hub: str, folder: Path, repo_id: str = "owner/tiny") -> subprocess.CompletedProcess:
+@pytest.fixture
+def download(python: str) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run, python)
+
+
+def run(python: str, hub: str, folder: Path, repo_id: str = "owner/tiny") -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "scripts/download.py", "--repo_id", repo_id, "--checkpoint_dir", str(folder)]
+    command = [python, "scripts/download.py", "--repo_id", repo_id, "--checkpoint_dir", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str) -> None:
+def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str, download) -> None:
     done = download(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -139,7 +144,7 @@ def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str) -> No
     assert Hub.gets == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_stopped(tmp_path: Path, hub: str) -> None:
+def test_a_broken_connection_is_taken_up_where_it_stopped(tmp_path: Path, hub: str, download) -> None:
     weights = Hub.folder / "model.safetensors"
     weights.write_bytes(os.urandom(24_000_000))  # the library writes pieces of 10 MB
     Hub.break_off_at, Hub.break_offs = 15_000_000, 1
@@ -149,7 +154,7 @@ def test_a_broken_connection_is_taken_up_where_it_stopped(tmp_path: Path, hub: s
     assert (tmp_path / "owner/tiny/model.safetensors").read_bytes() == weights.read_bytes()
 
 
-def test_what_is_missing_after_a_failure_comes_with_the_next_run(tmp_path: Path, hub: str) -> None:
+def test_what_is_missing_after_a_failure_comes_with_the_next_run(tmp_path: Path, hub: str, download) -> None:
     Hub.break_off_at, Hub.break_offs = 30_000, 100
     broken = download(hub, tmp_path)
     assert broken.returncode == 1
@@ -164,7 +169,7 @@ def test_what_is_missing_after_a_failure_comes_with_the_next_run(tmp_path: Path,
     load_model(tmp_path / "owner/tiny")
 
 
-def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub: str) -> None:
+def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub: str, download) -> None:
     for address, repo_id, message, status in (
         (hub, "owner/unknown", "no such model on the hub", 1),
         (hub, "a/b/c", "should be owner/name", 2),
@@ -188,7 +193,7 @@ def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub
     ],
     ids=["one bit", "cut off", "sent on to http"],
 )
-def test_what_is_not_the_hubs_own_gets_no_place(tmp_path: Path, hub: str, change: dict, message: str) -> None:
+def test_what_is_not_the_hubs_own_gets_no_place(tmp_path: Path, hub: str, change: dict, message: str, download) -> None:
     for name, value in change.items():
         setattr(Hub, name, staticmethod(value) if callable(value) else value)
     folder = tmp_path / "owner/tiny"
@@ -199,7 +204,7 @@ def test_what_is_not_the_hubs_own_gets_no_place(tmp_path: Path, hub: str, change
     assert not folder.exists()
 
 
-def test_a_file_that_has_changed_since_is_fetched_again(tmp_path: Path, hub: str) -> None:
+def test_a_file_that_has_changed_since_is_fetched_again(tmp_path: Path, hub: str, download) -> None:
     assert download(hub, tmp_path).returncode == 0
     for name in ("config.json", "model.safetensors"):  # one that git checks, one with a sha256
         file = tmp_path / "owner/tiny" / name
@@ -212,7 +217,7 @@ def test_a_file_that_has_changed_since_is_fetched_again(tmp_path: Path, hub: str
     assert [path.name for path in (tmp_path / "owner").iterdir()] == ["tiny"]  # nothing temporary stays
 
 
-def test_a_hub_without_tls_is_refused_unless_it_is_here(tmp_path: Path) -> None:
+def test_a_hub_without_tls_is_refused_unless_it_is_here(tmp_path: Path, download) -> None:
     done = download("http://hub.example.com", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: http://hub.example.com: refused, only https")

@@ -95,6 +95,8 @@ def answer(caller: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         sys.executable = launcher
+        for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+            del sys.modules[name]  # which has read its settings from another environment already
         run(words)
         status = 0
     except SystemExit as ended:
