@@ -7,4 +7,4 @@ from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 
 __all__ = ["LLaMA", "LLaMAConfig", "Tokenizer", "UserError", "load_model"]
-__version__ = "1.3.0"
+__version__ = "1.4.0"

@@ -160,11 +160,10 @@ def load_adapter(model: LLaMA, path: str | Path) -> AdapterConfig:
     wanted = (sizes["prompt_length"], model.config.hidden_size)
     for name, shape in prompts.items():
         if shape != wanted:
-            raise UserError(f"{path}: {name} has shape {shape}, the model asks for {wanted}. Is it for another model?")
+            raise UserError(f"{path}: {name} has shape {shape}, the model asks for {wanted}. It is for another model")
     if not prompts or not 0 <= sizes["start_layer"] < len(model.layers):
-        raise UserError(
-            f"{path}: start_layer is {sizes['start_layer']} of {len(model.layers)}, with {len(prompts)} prompts"
-        )
+        found = f"start_layer is {sizes['start_layer']} of {len(model.layers)}, with {len(prompts)} prompts"
+        raise UserError(f"{path}: {found}. It is for another model, or damaged")
     config = AdapterConfig(**sizes)
     {V1: apply_adapter, V2: apply_adapter_v2}[settings["method"]](model, config)
     copy_into(model, tensors, adapter_names(model), path)

@@ -125,7 +125,7 @@ class LLaMAConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError as `read_text` does, and where it is something else than that."""
-    text = read_text(path, MAX_JSON_BYTES)
+    text = read_text(path, MAX_JSON_BYTES, ". Download or write this file again")
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -136,11 +136,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's dictionary. Raises ValueError for a key that is there twice: which one is meant?"""
+    """A JSON object's dictionary. Raises ValueError for a key with two values: which one is meant?"""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+    for key, value in pairs:
+        if found[key] is not value and found[key] != value:
+            raise ValueError(f"the key {key!r} is there twice")
     return found
 
 

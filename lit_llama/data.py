@@ -68,18 +68,12 @@ def open_prepared(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> 
             found = _open_prepared(data_dir, tokenizer, config)
         except (UserError, OSError) as error:
             problem = error
-        if _identity(data_dir) == before and not (before is None and _is_being_replaced(data_dir)):
+        if _identity(data_dir) == before:
             if problem is None:
                 return found
             raise problem
         time.sleep(0.02)
     raise problem or UserError(f"{data_dir}: is prepared anew all the time. Try again when that has ended")
-
-
-def _is_being_replaced(folder: Path) -> bool:
-    """Whether the old one has its other name and the new one not yet its own."""
-    folder = folder.resolve()
-    return any(path.name.startswith(f".{folder.name}.old-") for path in folder.parent.glob(".*"))
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "32-true": torch.float32, "bf16-true": torch.bfloat16}
 """What `--precision` may be, and the dtype that weights are loaded in. What a method adds is fp32 under each."""
 
-TIMEOUT = timedelta(minutes=30)  # of one collective operation: rank 0 may write tens of GB meanwhile
+TIMEOUT = timedelta(minutes=30)  # of one collective operation: rank 0 may write tens of GB meanwhile, and sum them
 
 
 def make_fabric(
@@ -50,11 +50,10 @@ def make_fabric(
     for flag, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value < 1:
             raise UserError(f"--{flag} {value}: should be at least 1")
-    there, of = torch.cuda.device_count(), "GPUs"
-    if not torch.cuda.is_available():  # processes on the CPU, which may be more than its cores, in a test
-        there, of = max(8, os.cpu_count() or 1), "as the most for its CPU"
-    if devices > there:
-        raise UserError(f"--devices {devices}: this machine has {there} {of}")
+    # processes on the CPU may be more than its cores, in a test
+    most = torch.cuda.device_count() if torch.cuda.is_available() else max(8, os.cpu_count() or 1)
+    if devices > most:
+        raise UserError(f"--devices {devices}: should be at most {most} on this machine")
     world_size = devices * num_nodes
     if (started := int(os.environ.get("WORLD_SIZE", world_size))) != world_size:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: torchrun has started {started} processes")
@@ -72,7 +71,7 @@ def make_fabric(
             accelerator="auto", devices=devices, num_nodes=num_nodes, precision=computing, strategy=strategy
         )
     except (ValueError, RuntimeError) as error:  # SLURM's settings and ours disagree
-        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     try:
         starts_itself = isinstance(getattr(fabric.strategy, "cluster_environment", None), LightningEnvironment)
         if num_nodes > 1 and starts_itself and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
@@ -80,7 +79,7 @@ def make_fabric(
             raise UserError(f"--num_nodes {num_nodes}: on each node, {hint}")
         fabric.launch()
     except ValueError as error:  # SLURM's settings and ours disagree
-        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     if starts_itself and fabric.local_rank > 0:
         threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     return fabric

@@ -10,4 +10,5 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         short = message if len(message) < 1000 else f"{message[:600]} ... {message[-300:]}"
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in short))
+        printable = "".join(letter if letter.isprintable() else " " for letter in short)
+        super().__init__(" ".join(printable.split()))

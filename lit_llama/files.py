@@ -55,7 +55,7 @@ def read_text(file: Path, max_bytes: int | None = None, hint: str = "") -> str:
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """`safe_open` for reading on the CPU. Raises UserError where the file is missing, cut off or malformed."""
-    check_file(file)
+    check_file(file, hint=". Download or write it again")
 
     def damaged(error: Exception) -> UserError:
         return UserError(f"{file}: damaged or cut off ({error}). Download or write it again")
@@ -85,7 +85,7 @@ def header_template(file: Path) -> str | None:
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` or `.pth`, memory-mapped. Raises UserError for others."""
-    check_file(file)
+    check_file(file, hint=". Download it again")
     try:
         _check_archive(file)
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

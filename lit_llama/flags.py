@@ -69,7 +69,8 @@ _load = get_loader("yaml")
 def _value(text: str) -> Any:
     """What jsonargparse takes a flag's text for: YAML, but text where tags or aliases stand, and where it is none."""
     try:
-        value = text if re.search("[!&*]", text) else _load(text)
+        # a list has come as JSON
+        value = json.loads(text) if text[:1] == "[" else text if re.search("[!&*]", text) else _load(text)
         return text if value is None and text not in ("null", "~") else value  # "# a title" is text too
     except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: a number of thousands of digits
         return text
@@ -116,7 +117,7 @@ def read(main: Callable, words: list[str], positional: str | None = None) -> tup
         for name, (where, text) in given.items():
             if not _fits(kinds[name], text):
                 _wrong(f"{where}{name} {text}: should be {_called(kinds[name])[1]}")
-        _wrong(" ".join(str(error).split()))
+        _wrong(str(error))
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
     values = instantiate(namespace).as_dict()
     return {name: value for name, value in values.items() if name != "config"}, parser.dump(namespace)
@@ -170,7 +171,7 @@ def _from_file(file: str, kinds: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     except UserError as error:
         _wrong(f"--config {error}")
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that there is not
-        _wrong(f"--config {file}: not YAML ({' '.join(str(error).split())})")
+        _wrong(f"--config {file}: not YAML ({error})")
     if not isinstance(loaded, dict):
         _wrong(f"--config {file}: should hold flags, as --print_config prints them")
     rest, seen = list(loaded.items()), set()

@@ -58,7 +58,7 @@ def read_metrics(file: Path) -> dict[str, list[float | None]]:
     for number, row in enumerate(rows, 2):
         try:
             for name, field in zip(header, row, strict=True):
-                columns[name].append(None if name == "val_loss" and not field else finite(field))
+                columns[name].append(None if name == "val_loss" and field in ("", "nan") else finite(field))
         except ValueError:
             raise UserError(f"{file}, line {number}: damaged, no number in each column. Remove this line") from None
     return columns

@@ -118,7 +118,7 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
     folder = tokenizer.path.parent
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template. Use --template alpaca, chatml, llama3 or none")
-    file = next((file for file in [folder / "chat_template.jinja"] if file.is_file()), folder / "tokenizer_config.json")
+    file = own if (own := folder / "chat_template.jinja").is_file() else folder / "tokenizer_config.json"
 
     def fail(reason: str) -> None:
         raise TemplateError(reason)
@@ -152,23 +152,26 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Code in here ends in TimeoutError or MemoryError where it takes more than `MAX_SECONDS` or `MAX_BYTES`."""
+    """Code in here ends in TimeoutError or MemoryError where it takes more than `MAX_SECONDS` or `MAX_BYTES`.
+
+    In other threads than the main one it has no such bounds.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"still not done after {MAX_SECONDS:g} s")
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot be interrupted
+    if threading.current_thread() is not threading.main_thread():
+        yield  # it could not be interrupted there, nor is the process's memory its own
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    if in_main_thread:
-        handler = signal.signal(signal.SIGALRM, stop)
-        timer = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)  # Jinja catches some exceptions: once more
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)  # Jinja catches some exceptions: once more
     try:
         if soft == resource.RLIM_INFINITY or soft > held + MAX_BYTES:
             resource.setrlimit(resource.RLIMIT_AS, (held + MAX_BYTES, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if in_main_thread:
-            signal.setitimer(signal.ITIMER_REAL, *timer)
-            signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

@@ -15,7 +15,7 @@ from lit_llama.prompts import Messages, Template, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 
 SURPLUS = "fields without a name"
-MAX_TEXT = 2_000_000  # characters: tokenizing takes seconds and GBs for ten times as many
+MAX_FIELD = 2_000_000  # characters: tokenizing takes seconds and GBs for ten times as many
 
 
 @dataclass
@@ -52,9 +52,9 @@ def read_records(source: Path) -> list[dict[str, Any]]:
         rows = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS, strict=True)
         records: Any = []
         try:
-            names = rows.fieldnames or []
-            if not any(names) or len(set(names)) < len(names):
-                raise UserError(f"{source}, line 1: should name each column, and none twice: {', '.join(names)}")
+            names = [name for name in rows.fieldnames or [] if name]  # a table's index, or empty columns, have none
+            if not names or len(set(names)) < len(names):
+                raise UserError(f"{source}, line 1: should name the columns, and none twice: {', '.join(names)}")
             for record in rows:
                 if SURPLUS in record or None in record.values():
                     found = "more" if SURPLUS in record else "fewer"
@@ -119,7 +119,7 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
                 "with an assistant's answer to something before it"
             )
         for turn in turns:
-            check_length(turn["content"], place)
+            check_length(turn["content"] + turn.get("input", ""), place)
         return turns
     for column in (columns.instruction, columns.output):
         if column not in record:
@@ -136,7 +136,7 @@ def to_messages(record: Any, columns: Columns, place: str) -> Messages:
 
 def check_length(text: str, place: str) -> None:
     """Raise UserError for a text that takes long to tokenize and is of no use to any model."""
-    if len(text) > MAX_TEXT:
+    if len(text) > MAX_FIELD:
         raise UserError(f"{place}: a text of {len(text):,} characters, more than any context holds. Cut it")
 
 

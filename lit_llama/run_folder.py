@@ -48,15 +48,19 @@ class Progress:
 
 def check_flags(out_dir: Path, flags: str) -> None:
     """Raise UserError where a run would go on with flags that do not fit the state in `out_dir`."""
-    file = out_dir / "config.yaml"
-    try:
-        old, new = (flatten(dict(yaml.safe_load(text) or {})) for text in (read_text(file, MAX_JSON_BYTES), flags))
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file}: damaged ({error}). Start anew in another --out_dir") from None
+    old, new = flatten(read_flags(out_dir / "config.yaml")), flatten(yaml.safe_load(flags) or {})
     for name in sorted(old.keys() & new.keys()):
         if old[name] != new[name] and not FREE_FLAGS.fullmatch(name):
             changed = f"--{name} was {old[name]!r} when this run began, now it is {new[name]!r}"
             raise UserError(f"{out_dir}: {changed}. Go on with the former, or start anew in another --out_dir")
+
+
+def read_flags(file: Path) -> dict[str, Any]:
+    """The flags in the `config.yaml` of a run. Raises UserError where it is damaged."""
+    try:
+        return dict(yaml.safe_load(read_text(file, MAX_JSON_BYTES)) or {})
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({error}). Start anew in another --out_dir") from None
 
 
 def flatten(flags: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,9 +223,9 @@ def newest_whole(out_dir: Path) -> Path | None:
             break
         damaged.append((folder, damage))
     else:
-        aside = sorted(out_dir.glob("step-*.damaged*"))
-        if damaged or aside:
-            what = "; ".join([f"{path.name}/{why}" for path, why in damaged] or [path.name for path in aside])
+        earlier = sorted(out_dir.glob("step-*.damaged*"))
+        if damaged or earlier:
+            what = "; ".join([f"{path.name}/{why}" for path, why in damaged] or [path.name for path in earlier])
             raise UserError(f"{out_dir}: no whole checkpoint is left ({what}). Start anew in another --out_dir")
         return None
     for path, why in damaged:
@@ -249,8 +253,8 @@ def remove_leftovers(out_dir: Path) -> None:
 
 def start_metrics(file: Path, first_step: int) -> None:
     """A `metrics.csv` with its header and, where a run goes on after `first_step`, the rows up to that."""
-    old = file.read_text("utf-8").splitlines() if first_step and file.is_file() else []
-    whole = (row for row in old[1:] if row.count(",") == METRICS.count(","))
+    old = read_text(file).splitlines() if first_step and file.is_file() else []
+    whole = (row for row in old[1:] if row.count(",") == METRICS.count(",") and row.partition(",")[0].isdecimal())
     rows = [row for row in whole if int(row.partition(",")[0]) <= first_step]
     with replacing(file) as temporary:
         temporary.write_text("\n".join([METRICS, *rows, ""]), "utf-8")

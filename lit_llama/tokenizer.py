@@ -40,10 +40,8 @@ class Tokenizer:
             self._load()
         except Exception as error:  # both libraries raise bare Exception and RuntimeError
             raise UserError(f"{self.path}: not a tokenizer ({error}). Download it again") from None
-        settings, paths = {}, [folder / name for name in ("tokenizer_config.json", "config.json", "added_tokens.json")]
-        for path in paths:
-            settings[path.name] = read_json(path) if path.exists() else {}
-        options, config, added = settings.values()
+        paths = [folder / name for name in ("tokenizer_config.json", "config.json", "added_tokens.json")]
+        options, config, added = (read_json(path) if path.exists() else {} for path in paths)
         if not all(type(index) is int and 0 <= index < 2**31 for index in added.values()):
             raise UserError(f"{paths[2]}: should hold tokens and their ids, such as {{'<pad>': 32000}}")
         if self.path.suffix == ".model":

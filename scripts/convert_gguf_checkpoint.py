@@ -1,7 +1,6 @@
 """Convert a GGUF file into a model folder. Guide: howto/download_weights.md"""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +79,7 @@ def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError(f"nothing whole at byte {offset:,}")
             return found
 
-    if os.path.lexists(source):
-        check_file(source)
+    check_file(source)
     try:
         reader = Reader(source)
         fields = {key: field.contents() for key, field in reader.fields.items()}

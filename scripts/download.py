@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
@@ -60,7 +61,7 @@ def main(
             snapshot_download(repo_id, revision=model.sha, local_dir=partial, allow_patterns=missing, token=token)
         for name in missing:
             if not is_whole(partial / name, files[name]):
-                (partial / name).unlink()
+                (partial / name).unlink(missing_ok=True)
                 raise UserError(f"{repo_id}: {name} is not what the hub says (size, checksum). Run this again")
         for name in missing:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,8 +79,7 @@ def main(
     except Exception as error:  # each version of the library has its own kinds for a broken connection
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{repo_id}: the download broke off ({reason}). Run this again to go on") from None
+        raise UserError(f"{repo_id}: the download broke off ({error}). Run this again to go on") from None
     print(f"{len(wanted)} files in {folder}")
 
 
@@ -87,22 +87,14 @@ def refuse_plain_http() -> None:
     """Let `huggingface_hub` end in a UserError where the hub, or what it sends us on to, is not reached over TLS."""
     import huggingface_hub
 
-    def check(response, *args, **kwargs) -> None:
+    def check(response) -> None:
         check_secure(urljoin(str(response.url), response.headers.get("location", "")))
-
-    def client():
-        if not hasattr(usual, "event_hooks"):  # requests, before version 1
-            new = type(usual)()
-            new.adapters = usual.adapters
-            new.hooks["response"].append(check)
-            return new
-        hooks = usual.event_hooks | {"response": [*usual.event_hooks["response"], check]}
-        return type(usual)(event_hooks=hooks, follow_redirects=True, timeout=usual.timeout)
 
     check_secure(huggingface_hub.constants.ENDPOINT)
     usual = huggingface_hub.get_session()
-    before_1 = getattr(huggingface_hub, "configure_http_backend", None)
-    before_1(client) if before_1 else huggingface_hub.set_client_factory(client)
+    hooks = usual.event_hooks | {"response": [*usual.event_hooks["response"], check]}
+    make = partial(type(usual), event_hooks=hooks, follow_redirects=True, timeout=usual.timeout)
+    huggingface_hub.set_client_factory(make)
 
 
 def check_secure(url: str) -> None:
@@ -117,7 +109,12 @@ def is_whole(file: Path, known: "RepoSibling") -> bool:
         return False
     # git's name for a content is no safeguard by itself: that is TLS
     digest = hashlib.sha256() if known.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with file.open("rb") as content, tqdm(total=size, desc=f"checking {file.name}", unit="B", disable=None) as bar:
+    with (
+        file.open("rb") as content,
+        tqdm(
+            total=size, desc=f"checking {file.name}", unit="B", unit_scale=True, leave=False, delay=2, disable=None
+        ) as bar,
+    ):
         while chunk := content.read(1 << 22):
             digest.update(chunk)
             bar.update(len(chunk))

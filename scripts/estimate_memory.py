@@ -69,7 +69,8 @@ def main(
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: unknown. Known: {', '.join(PRECISIONS)}")
     if not 1 <= min(devices, micro_batch_tokens, sample_tokens) <= max(devices, micro_batch_tokens) <= 10**6:
-        raise UserError("--devices, --micro_batch_tokens, --sample_tokens: should be at least 1, and at most a million")
+        bounds = "should be at least 1, and the first two at most a million"
+        raise UserError(f"--devices, --micro_batch_tokens, --sample_tokens: {bounds}")
     apply = {
         "lora": lambda model: apply_lora(model, lora),
         "adapter": lambda model: apply_adapter(model, adapter),

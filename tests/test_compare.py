@@ -296,7 +296,7 @@ CASES = {
     "unknown precision": (f"{BASE} {SOURCE} --precision 16", r"--precision 16: unknown", 2),
     "a file in the way": (f"{BASE} {SOURCE} --out_dir {{records}}", r"--out_dir .*records.json: is a file", 2),
     "no file": (f"{BASE} --source {{base}}/none.json", r"none.json: cannot be read", 1),
-    "no prompt file": (f"{BASE} --prompt_file {{base}}/none.txt", r"none.txt: No such file", 1),
+    "no prompt file": (f"{BASE} --prompt_file {{base}}/none.txt", r"none.txt: cannot be read \(No such file", 1),
     "no such column": (f"{BASE} {SOURCE} --columns.output answer", r"record 1: no column 'answer'", 1),
     "no prepared set": (f"{BASE} --data_dir {{base}}", r"no prepared set there", 1),
     "a template that the tokenizer lacks": (f"{BASE} {SOURCE} --template llama3", r"llama3.*needs.*<\|eot_id\|>", 1),

@@ -9,6 +9,7 @@ from conftest import make_hf_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_llama import LLaMA, LLaMAConfig, UserError
+from lit_llama.config import read_json
 
 # number of parameters that the hub counts for each published model
 PUBLISHED = {
@@ -102,3 +103,8 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, change: dict, message: 
     with pytest.raises(UserError, match=message) as error:
         LLaMAConfig.from_checkpoint(tmp_path)
     assert str(file) in str(error.value)
+
+
+def test_a_key_that_is_there_twice_with_one_value_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [1], "b": 2, "a": [1]}')
+    assert read_json(tmp_path / "a.json") == {"a": [1], "b": 2}

@@ -111,7 +111,7 @@ def test_a_file_of_prompts_is_answered_as_one_after_the_other(tmp_path: Path, ti
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="holds no prompt"):
         base(prompt_file=tmp_path / "empty.txt", **settings)
-    with pytest.raises(UserError, match=r"latin.txt: is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 \(byte 3\)"):
         base(prompt_file=tmp_path / "latin.txt", **settings)
     with pytest.raises(UserError, match="give one of them"):
         base(**settings)

@@ -32,6 +32,13 @@ def no_server(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def fresh_wandb() -> None:
+    """It reads the environment once."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 @pytest.fixture
 def finetune(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch) -> object:
     """A call of `finetune/lora.py` by its command line, with --out_dir in tmp_path."""
@@ -264,9 +271,7 @@ def test_a_logger_that_cannot_work_is_one_line_before_anything_is_written(
     if missing:
         monkeypatch.setitem(sys.modules, name, None)
     elif name in READERS:
-        package = pytest.importorskip(name)
-        if name == "wandb":
-            package.teardown()  # it has read the environment already
+        pytest.importorskip(name)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for variable, value in environment.items():

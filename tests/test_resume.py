@@ -205,6 +205,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_works(
 def test_half_a_row_of_metrics_is_dropped(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
     finetune(tmp_path / "out", tiny_checkpoint, tiny_data, train=dict(max_steps=2))
     with (tmp_path / "out/metrics.csv").open("a") as file:
+        file.write("#,8,12,1,1,1,1,1,1\n")  # damage
         file.write("1,8,12")  # of a row for step 1234, say
     finetune(tmp_path / "out", tiny_checkpoint, tiny_data, resume=True)
     assert [row[0] for row in rows_of(tmp_path / "out")] == ["step", "1", "2", "3"]

@@ -636,6 +636,19 @@ def test_nothing_from_outside_is_uploaded_through_a_link(tmp_path: Path, refused
         outside.write_text("secret: 1")
     (lora / name).symlink_to(outside)
     assert re.search(rf"{lora}/{name}.* is a link out of this folder", refused(*upload))
+    # nor does the hub's cache, whose folders are links to what lies beside them
+    cached = tmp_path / "models--me--x/snapshots/0123abc"
+    cached.mkdir(parents=True)
+    (tmp_path / "models--me--x/blobs").mkdir()
+    for number, file in enumerate(file for file in lora.iterdir() if file.name != name):
+        (tmp_path / f"models--me--x/blobs/{number}").write_bytes(file.read_bytes())
+        (cached / file.name).symlink_to(f"../../blobs/{number}")
+    if name not in ("adapter_model.safetensors", "adapter_config.json"):
+        assert refused(*(cached if word == lora else word for word in upload)) == ""
+        (cached / name).symlink_to(outside)
+        assert re.search(
+            rf"{name}.* is a link out of this folder", refused(*(cached if w == lora else w for w in upload))
+        )
     # a link within it, or a folder that is one itself, is fine
     if name != "adapter":
         (lora / name).unlink()
