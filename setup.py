@@ -26,7 +26,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.22.1",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pyyaml>=6.0.1",
