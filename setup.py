@@ -5,10 +5,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
-HUB = ["huggingface_hub>=1.3"]
+HUB = ["huggingface_hub>=1.20"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
 EVAL = ["lm-eval>=0.4.10"]
-TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.18"], ["mlflow-skinny>=2.15"]
+TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.25"], ["mlflow-skinny>=2.15"]
 
 setup(
     name="lit-llama",
@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "lightning>=2.5,!=2.6.2,!=2.6.3",
-        "jsonargparse[signatures]>=4.37",
+        "jsonargparse[signatures]>=4.51",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.22.1",
@@ -41,7 +41,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "mlflow": MLFLOW,
-        "benchmarks": [*GGUF, "peft>=0.18", "transformers>=5"],
+        "benchmarks": [*GGUF, "peft>=0.18", "transformers>=5.12"],
         "test": [
             *HUB,
             *GGUF,
@@ -60,7 +60,7 @@ setup(
             "ruff>=0.9",
             "sacrebleu>=2.4",
             "setuptools>=77.0.3",
-            "transformers>=5",
+            "transformers>=5.12",
         ],
     },
 )

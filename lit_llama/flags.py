@@ -118,8 +118,7 @@ def read(main: Callable, words: list[str], positional: str | None = None) -> tup
             if not _fits(kinds[name], text):
                 _wrong(f"{where}{name} {text}: should be {_called(kinds[name])[1]}")
         _wrong(str(error))
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
-    values = instantiate(namespace).as_dict()
+    values = parser.instantiate(namespace).as_dict()
     return {name: value for name, value in values.items() if name != "config"}, parser.dump(namespace)
 
 

@@ -184,7 +184,9 @@ FOR_TRAINING: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "fp8": FP8Li
 
 
 def quantization(name: str, known: dict[str, type[QuantizedLinear]]) -> type[QuantizedLinear]:
-    """The class that `--quantize` names. Raises UserError for an unknown one."""
+    """The class that `--quantize` names. Raises UserError for an unknown one, or where this torch has no kernel."""
     if name not in known:
         raise UserError(f"--quantize {name}: unknown. Known: {', '.join(known)}")
+    if name == "fp8" and not torch.cuda.is_available() and torch.__version__ < (2, 13):  # a scale per row
+        raise UserError(f"--quantize fp8: on the CPU it needs torch 2.13 or later, this is {torch.__version__}")
     return known[name]

@@ -72,8 +72,8 @@ def main(
         raise UserError("uploads need huggingface_hub: pip install -c constraints.txt -e '.[hub]'") from None
     for flag, name in (("repo_id", repo_id), ("base_model", base_model)):
         try:
-            validate_repo_id(name)
-            good = name is None or "/" in name
+            if good := name is None or "/" in name:
+                validate_repo_id(name or "any/name")
         except HFValidationError:
             good = False
         if not good:

@@ -61,7 +61,9 @@ def save_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog, and then the other one"] * 8, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}')
+    options = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    options["tokenizer_class"] = "PreTrainedTokenizerFast"  # else transformers 5.0 makes another one of tokenizer.json
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
 
 
 def save_sentencepiece(file: Path, sentences: Iterable[str], vocab_size: int) -> None:

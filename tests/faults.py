@@ -33,7 +33,8 @@ from lit_llama.run_folder import checkpoints
 
 torch.set_num_threads(1)  # others would not live on in a forked process
 
-RECIPE = "--precision 32-true --seed 7 --train.batch_size 8 --train.save_interval 1 --train.eval_interval 1"
+RECIPE = "--precision 32-true --seed 7 --train.batch_size 8 --train.learning_rate 1e-2"
+RECIPE += " --train.save_interval 1 --train.eval_interval 1"
 STEPS = 3  # so few that one step alone has the same learning rate
 SCRIPTS = ("finetune/lora.py", "finetune/full.py")
 ROW = re.compile(r"(?:[^,\n]*,){6}[^,\n]*")  # metrics.csv without what depends on the machine

@@ -14,11 +14,19 @@ from lit_llama.checkpoint import load_weights
 from lit_llama.decoding import prepare
 from lit_llama.generation import generate
 from lit_llama.lora import LoRAConfig, apply_lora
-from lit_llama.quantize import FOR_DECODING, FOR_TRAINING, FP8Linear, Int4Linear, Int8Linear, NF4Linear
+from lit_llama.quantize import FOR_DECODING, FOR_TRAINING, FP8Linear, Int4Linear, Int8Linear, NF4Linear, quantization
 
 # relative error of W: half a step of 1/127 of a row's largest, of 1/15 of a group's range; NF4's; half of 3 bits
 BOUNDS = {"int8": 0.01, "int4": 0.11, "nf4": 0.10, "fp8": 0.03}
 KINDS = FOR_DECODING | FOR_TRAINING
+
+
+@pytest.fixture(autouse=True)
+def fp8_where_this_torch_has_it(request) -> None:
+    if "fp8" in request.node.name.lower() and not torch.cuda.is_available() and torch.__version__ < (2, 13):
+        with pytest.raises(UserError, match=r"on the CPU it needs torch 2\.13"):
+            quantization("fp8", FOR_TRAINING)
+        pytest.skip("fp8 on the CPU needs torch 2.13")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

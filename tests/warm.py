@@ -88,9 +88,8 @@ def answer(caller: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
-            opened = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115
-            stream.__init__(opened, line_buffering=True)
+        modes = ("r", "w", "w")
+        sys.stdin, sys.stdout, sys.stderr = (open(n, modes[n], buffering=1, closefd=False) for n in range(3))  # noqa: SIM115
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
