@@ -8,7 +8,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py"
 HUB = ["huggingface_hub>=1.20"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
 EVAL = ["lm-eval>=0.4.10"]
-TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.25"], ["mlflow-skinny>=2.15"]
+TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.25"], ["mlflow-skinny>=3.5"]
 
 setup(
     name="lit-llama",
@@ -41,7 +41,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "mlflow": MLFLOW,
-        "benchmarks": [*GGUF, "peft>=0.18", "transformers>=5.12"],
+        "benchmarks": [*GGUF, "peft>=0.19", "transformers>=5.12"],
         "test": [
             *HUB,
             *GGUF,
@@ -51,7 +51,7 @@ setup(
             *MLFLOW,
             "bitsandbytes>=0.48",
             "build>=1.2.1",
-            "peft>=0.18",
+            "peft>=0.19",
             "pytest>=8",
             "pytest-cov>=6",
             "pytest-random-order>=1.1.1",
