@@ -28,9 +28,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     gets: list[tuple[str, str | None]]
     break_off_at: int
     break_offs: int  # how many more times
-    tamper: Callable[[bytes], bytes]  # what happens to weights on their way
-    sent_on_to: str  # where requests for weights go instead
-    more_names: tuple[str, ...]  # in the list of files
+    tamper: Callable[[bytes], bytes] = staticmethod(lambda content: content)  # what happens to weights on their way
+    sent_on_to = ""  # where requests for weights go instead
+    more_names: tuple[str, ...] = ()  # in the list of files
 
     def do_HEAD(self) -> None:
         self.answer(head=True)
