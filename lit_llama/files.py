@@ -144,10 +144,10 @@ def cut_into_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, 
         yield group
 
 
-def check_new_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is absent or empty."""
+def check_new_folder(folder: Path, problem: str = "exists already. Give another folder, or move that one away") -> None:
+    """Raise UserError, which says `problem`, unless `folder` is absent or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already. Give another folder, or move that one away")
+        raise UserError(f"{folder}: {problem}")
 
 
 @contextmanager

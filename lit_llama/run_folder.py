@@ -23,7 +23,15 @@ from lit_llama.checksums import find_damage
 from lit_llama.config import read_json
 from lit_llama.distributed import local_part, local_rows
 from lit_llama.errors import UserError
-from lit_llama.files import MAX_JSON_BYTES, cut_into_files, open_safetensors, read_text, replacing, save_tensors
+from lit_llama.files import (
+    MAX_JSON_BYTES,
+    check_new_folder,
+    cut_into_files,
+    open_safetensors,
+    read_text,
+    replacing,
+    save_tensors,
+)
 
 METRICS = "step,samples,tokens,loss,val_loss,learning_rate,grad_norm,tokens_per_second,peak_memory_bytes"
 FREE_FLAGS = re.compile(
@@ -99,8 +107,7 @@ def locked(out_dir: Path, shared: bool = False) -> Iterator[None]:
 
 def check_unused(out_dir: Path) -> None:
     """Raise UserError unless `out_dir` is absent or empty: a run may begin there."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir}: holds another run. Go on with it: --resume; or give another --out_dir")
+    check_new_folder(out_dir, "holds another run. Go on with it: --resume; or give another --out_dir")
 
 
 def save_state(

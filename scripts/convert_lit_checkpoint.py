@@ -86,10 +86,13 @@ def convert(
         raise UserError(f"{source}: {min(wrong)} is missing or is no part of a Lit-LLaMA model")
     shapes = {}
     for lit, name in places.items():
-        shape, parts = tuple(tensors[lit].shape), "qkv" if "{}" in name else " "
-        if not tensors[lit].is_floating_point() or (len(parts) == 3 and (not shape or shape[0] % 3)):
+        shape, is_qkv = tuple(tensors[lit].shape), "{}" in name
+        if not tensors[lit].is_floating_point() or (is_qkv and (not shape or shape[0] % 3)):
             raise UserError(f"{source}: {lit} has shape {shape} of {tensors[lit].dtype}, which is no weight of a LLaMA")
-        shapes |= {name.format(part): (shape[0] // 3, *shape[1:]) if len(parts) == 3 else shape for part in parts}
+        if is_qkv:
+            shapes |= {name.format(part): (shape[0] // 3, *shape[1:]) for part in "qkv"}
+        else:
+            shapes[name] = shape
     check_shapes(shapes, config, source)
     for lit, name in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
         if "{}" not in name:

@@ -47,7 +47,7 @@ def main(
     except ImportError:
         raise UserError("downloads need huggingface_hub: pip install -c constraints.txt -e '.[hub]'") from None
     folder = checkpoint_dir / repo_id
-    partial = folder.with_name(f".{folder.name}.download")
+    unfinished = folder.with_name(f".{folder.name}.download")
     try:
         refuse_plain_http()
         model = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
@@ -58,15 +58,15 @@ def main(
                 f"{repo_id}: holds no safetensors and no pytorch_model.bin. For GGUF: howto/download_weights.md"
             )
         if missing := [name for name in wanted if not is_whole(folder / name, files[name])]:
-            snapshot_download(repo_id, revision=model.sha, local_dir=partial, allow_patterns=missing, token=token)
+            snapshot_download(repo_id, revision=model.sha, local_dir=unfinished, allow_patterns=missing, token=token)
         for name in missing:
-            if not is_whole(partial / name, files[name]):
-                (partial / name).unlink(missing_ok=True)
+            if not is_whole(unfinished / name, files[name]):
+                (unfinished / name).unlink(missing_ok=True)
                 raise UserError(f"{repo_id}: {name} is not what the hub says (size, checksum). Run this again")
         for name in missing:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).replace(folder / name)
-        shutil.rmtree(partial, ignore_errors=True)
+            (unfinished / name).replace(folder / name)
+        shutil.rmtree(unfinished, ignore_errors=True)
     except GatedRepoError:
         page = f"https://huggingface.co/{repo_id}"
         raise UserError(f"{repo_id}: gated. Accept its licence at {page}, then run: hf auth login") from None
@@ -109,12 +109,8 @@ def is_whole(file: Path, known: "RepoSibling") -> bool:
         return False
     # git's name for a content is no safeguard by itself: that is TLS
     digest = hashlib.sha256() if known.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with (
-        file.open("rb") as content,
-        tqdm(
-            total=size, desc=f"checking {file.name}", unit="B", unit_scale=True, leave=False, delay=2, disable=None
-        ) as bar,
-    ):
+    bar = tqdm(total=size, desc=f"checking {file.name}", unit="B", unit_scale=True, leave=False, delay=2, disable=None)
+    with file.open("rb") as content, bar:
         while chunk := content.read(1 << 22):
             digest.update(chunk)
             bar.update(len(chunk))

@@ -4,8 +4,8 @@ Each page is followed from top to bottom in a copy of the project that has the f
 lines, inline code that is a command, and Python blocks count. What is not run is listed with the reason. Words behind
 name the pages to check: `python tests/docs_check.py howto/resume.md`.
 
-Most of a short command is the seconds that Python takes to import torch; so scripts run in processes that are forked
-from this one, which has done that.
+Most of a short command is the seconds that Python takes to import torch; so scripts run with the Python of warm.py,
+which starts at once.
 """
 
 import http.server
@@ -13,15 +13,12 @@ import json
 import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads at work cannot be forked
 
 import torch
+import warm
 import yaml
 from conftest import ROOT, make_hf_model, save_checkpoint_folder
 from test_convert import byte_level_bpe, meta_tensors, save_gguf, save_meta
@@ -159,38 +157,9 @@ def check_page(page: Path, fixture: Path, environment: dict[str, str]) -> list[s
 
 def run(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Exit status and all that was printed."""
-    output = folder.with_name("output.txt")
-    with output.open("w+b") as out:
-        script = words[1]
-        if script == "-m" or "load.py" in script:  # the hub's library keeps what it saw at first
-            done = subprocess.run(words, cwd=folder, env=environment, stdout=out, stderr=out, timeout=600)
-            return done.returncode, output.read_text("utf-8")
-        sys.stdout.flush()
-        if (child := os.fork()) == 0:
-            status = 1
-            try:
-                signal.alarm(600)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                for stream in (1, 2):
-                    os.dup2(out.fileno(), stream)
-                os.chdir(folder)
-                os.environ.update(environment)
-                sys.argv, sys.path[0] = words[1:], str((folder / script).parent)
-                if script == "-c":
-                    exec(words[2], {})
-                else:
-                    runpy.run_path(script, run_name="__main__")
-                status = 0
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, output.read_text("utf-8", errors="replace")
+    streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(words, cwd=folder, env=environment, timeout=600, **streams)
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 def make_fixture(folder: Path, environment: dict[str, str]) -> None:
@@ -276,6 +245,7 @@ def main() -> None:
         fixture = Path(temporary) / "fixture"
         environment |= {"HF_HOME": f"{temporary}/home", "HF_HUB_DISABLE_XET": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        sys.executable, python = warm.start(Path(temporary))
         make_fixture(fixture, environment)
         Hub.repo_id, Hub.folder, Hub.gets, Hub.break_offs = "", fixture / "checkpoints" / MODELS[0], [], 0
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
@@ -285,6 +255,8 @@ def main() -> None:
             with ProcessPoolExecutor(2, forking) as pool:
                 found = list(pool.map(partial(check_page, fixture=fixture, environment=environment), pages))
             server.terminate()
+        python.stdin.close()
+        python.wait()
     failures = [line for lines in found for line in lines]
     print("\n".join(["", *failures, f"{len(failures)} failed"]))
     raise SystemExit(bool(failures))
