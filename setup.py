@@ -4,7 +4,8 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lit_llama" / "__init__.py").read_text("utf-8"))[1]
+INIT = (ROOT / "lit_llama" / "__init__.py").read_text("utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', INIT)[1]
 HUB = ["huggingface_hub>=1.20"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
 EVAL = ["lm-eval>=0.4.10"]
@@ -18,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     python_requires=">=3.10",
-    packages=["lit_llama"],
+    packages=["lit_llama", "lit_llama.fast", "lit_llama.storage", "lit_llama.runtime"],
     install_requires=[
         "torch>=2.11",
         "lightning>=2.5,!=2.6.2,!=2.6.3",

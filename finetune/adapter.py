@@ -2,32 +2,48 @@
 
 from pathlib import Path
 
-from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
-from lit_llama.cli import run
-from lit_llama.run import Run
-from lit_llama.training import TrainArgs, fit
+from lit_llama.args import AdapterConfig
+from lit_llama.runtime.args import RunArgs, TrainArgs
+from lit_llama.runtime.cli import run
 
 
 def main(
-    out_dir: Path = Path("out/adapter/alpaca"),
+    args: RunArgs = RunArgs(out_dir=Path("out/adapter/alpaca")),
     adapter: AdapterConfig = AdapterConfig(),
     train: TrainArgs = TrainArgs(learning_rate=9e-3, weight_decay=0.02, warmup_epochs=2),
-    **flags,
 ) -> None:
-    """Finetune a LLaMA with LLaMA-Adapter on a prepared set. Guide: howto/finetune_adapter.md
+    """Finetune a LLaMA with LLaMA-Adapter on a tokenized dataset. Guide: howto/finetune_adapter.md
 
     Args:
-        out_dir: where the adapter, metrics.csv and checkpoints go.
-        adapter: the method.
-        train: the recipe.
+        args: Devices, data and folders.
+        adapter: LLaMA-Adapter.
+        train: Training recipe.
     """
-    job = Run(out_dir=out_dir, **flags)
-    model = job.build(lambda llama: apply_adapter(llama, adapter))
-    base = str(job.checkpoint_dir)
-    fit(
-        *(job, model, train),
-        lambda folder, tensors: save_adapter(dict(tensors), folder, adapter, model.module, base, job.template),
-    )
+    # torch is imported only now, after the flags are read, so that --help is fast
+    import torch
+
+    from lit_llama.adapter import apply_adapter
+    from lit_llama.fast import use_fast_paths
+    from lit_llama.runtime.devices import PRECISIONS, setup_fabric, setup_model
+    from lit_llama.runtime.loggers import check_logger
+    from lit_llama.storage.datasets import load_dataset
+    from lit_llama.storage.model_folder import empty_model
+    from lit_llama.storage.run_folder import check_run_folder
+    from lit_llama.training import fit
+
+    flags = args.as_flags(adapter=adapter, train=train)
+    check_run_folder(args.out_dir, args.resume, flags)
+    check_logger(args.logger)
+    fabric = setup_fabric(args.devices, args.num_nodes, args.precision)
+    torch.manual_seed(args.seed)
+    dataset = load_dataset(args.data_dir, args.checkpoint_dir)
+    model = empty_model(args.checkpoint_dir, PRECISIONS[args.precision])
+    apply_adapter(model, adapter)
+    methods = {"llama_adapter": adapter}
+    if train.fast_paths:
+        use_fast_paths(model)
+    model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
+    fit(fabric, model, dataset, methods, train, args, flags)
 
 
 if __name__ == "__main__":

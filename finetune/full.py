@@ -1,48 +1,50 @@
 """Finetune all weights of a LLaMA. Guide: howto/finetune_full.md"""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lit_llama import LLaMA
-from lit_llama.checkpoint import tokenizer_files, write_checkpoint
-from lit_llama.cli import run
-from lit_llama.run import Run
-from lit_llama.training import TrainArgs, fit
+from lit_llama.runtime.args import RunArgs, TrainArgs
+from lit_llama.runtime.cli import run
 
 
 def main(
-    out_dir: Path = Path("out/full/alpaca"),
+    args: RunArgs = RunArgs(out_dir=Path("out/full/alpaca")),
     train: TrainArgs = TrainArgs(learning_rate=3e-5),
-    precision: str = "bf16-mixed",
-    **flags,
 ) -> None:
-    """Finetune all weights of a LLaMA on a prepared set. Guide: howto/finetune_full.md
+    """Finetune all weights of a LLaMA on a tokenized dataset. Guide: howto/finetune_full.md
 
     Example:
         python finetune/full.py --config finetune/configs/full-7b-4-devices.yaml
 
     Args:
-        out_dir: where the model folder, metrics.csv and checkpoints go.
-        train: the recipe.
-        precision: bf16-mixed (fp32 weights train), bf16-true (bf16 ones train) or 32-true.
+        args: Devices, data and folders.
+        train: Training recipe.
     """
-    job = Run(out_dir=out_dir, precision=precision, **flags)
+    # torch is imported only now, after the flags are read, so that --help is fast
+    import torch
 
-    def apply(model: LLaMA) -> None:
-        model.requires_grad_(True)
-        if precision == "bf16-mixed":
-            model.float()  # these are the weights that train; bf16 copies of them compute
+    from lit_llama.fast import use_fast_paths
+    from lit_llama.runtime.devices import PRECISIONS, setup_fabric, setup_model
+    from lit_llama.runtime.loggers import check_logger
+    from lit_llama.storage.datasets import load_dataset
+    from lit_llama.storage.methods import FullConfig
+    from lit_llama.storage.model_folder import empty_model
+    from lit_llama.storage.run_folder import check_run_folder
+    from lit_llama.training import fit
+    from lit_llama.wrapping import unfreeze
 
-    def save(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-        rounded = ((name, tensor.to(dtype)) for name, tensor in tensors)
-        write_checkpoint(folder, model.module.config, rounded, tokenizer_files(job.checkpoint_dir), job.template)
-
-    model = job.build(apply)
-    fit(job, model, train, save)
+    flags = args.as_flags(train=train)
+    check_run_folder(args.out_dir, args.resume, flags)
+    check_logger(args.logger)
+    fabric = setup_fabric(args.devices, args.num_nodes, args.precision)
+    torch.manual_seed(args.seed)
+    dataset = load_dataset(args.data_dir, args.checkpoint_dir)
+    model = empty_model(args.checkpoint_dir, PRECISIONS[args.precision])
+    unfreeze(model, args.precision)
+    methods = {"full": FullConfig(args.precision)}
+    if train.fast_paths:
+        use_fast_paths(model)
+    model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
+    fit(fabric, model, dataset, methods, train, args, flags)
 
 
 if __name__ == "__main__":

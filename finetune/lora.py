@@ -1,53 +1,59 @@
-"""Finetune a LLaMA with LoRA, and with an adapter beside it if asked for. Guide: howto/finetune_lora.md"""
+"""Finetune a LLaMA with LoRA, and an adapter beside it. Guide: howto/finetune_lora.md"""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from lit_llama import LLaMA
-from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
-from lit_llama.cli import run
-from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-from lit_llama.run import Run
-from lit_llama.training import TrainArgs, fit
+from lit_llama.args import AdapterConfig, LoRAConfig
+from lit_llama.runtime.args import RunArgs, TrainArgs
+from lit_llama.runtime.cli import run
 
 
 def main(
-    out_dir: Path = Path("out/lora/alpaca"),
+    args: RunArgs = RunArgs(out_dir=Path("out/lora/alpaca")),
     lora: LoRAConfig = LoRAConfig(),
     adapter: AdapterConfig | None = None,
     train: TrainArgs = TrainArgs(),
-    **flags,
 ) -> None:
-    """Finetune a LLaMA with LoRA on a prepared set. Guide: howto/finetune_lora.md
+    """Finetune a LLaMA with LoRA on a tokenized dataset. Guide: howto/finetune_lora.md
 
     Example:
         python finetune/lora.py --config finetune/configs/lora-7b-24gb.yaml
         python finetune/lora.py --lora.targets all-linear --lora.r 16 --devices 4
 
     Args:
-        out_dir: where the LoRA, metrics.csv and checkpoints go.
-        lora: the method.
-        adapter: a LLaMA-Adapter beside it, if one of these flags is given.
-        train: the recipe.
+        args: Devices, data and folders.
+        lora: LoRA.
+        adapter: LLaMA-Adapter beside it, if one of these flags is given.
+        train: Training recipe.
     """
-    job = Run(out_dir=out_dir, **flags)
-    base = str(job.checkpoint_dir)
+    # torch is imported only now, after the flags are read, so that --help is fast
+    import torch
 
-    def apply(model: LLaMA) -> None:
-        apply_lora(model, lora)
-        if adapter is not None:
-            apply_adapter(model, adapter)
+    from lit_llama.adapter import apply_adapter
+    from lit_llama.fast import use_fast_paths
+    from lit_llama.lora import apply_lora
+    from lit_llama.runtime.devices import PRECISIONS, setup_fabric, setup_model
+    from lit_llama.runtime.loggers import check_logger
+    from lit_llama.storage.datasets import load_dataset
+    from lit_llama.storage.model_folder import empty_model
+    from lit_llama.storage.run_folder import check_run_folder
+    from lit_llama.training import fit
 
-    def save(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        whole = dict(tensors)
-        save_lora(whole, folder, lora, base, job.template)
-        if adapter is not None:
-            save_adapter(whole, folder / "adapter", adapter, model.module, base, job.template)
-
-    model = job.build(apply)
-    fit(job, model, train, save, lora.learning_rate_ratio)
+    flags = args.as_flags(lora=lora, adapter=adapter, train=train)
+    check_run_folder(args.out_dir, args.resume, flags)
+    check_logger(args.logger)
+    fabric = setup_fabric(args.devices, args.num_nodes, args.precision)
+    torch.manual_seed(args.seed)
+    dataset = load_dataset(args.data_dir, args.checkpoint_dir)
+    model = empty_model(args.checkpoint_dir, PRECISIONS[args.precision])
+    apply_lora(model, lora)
+    methods = {"LORA": lora}
+    if adapter is not None:
+        apply_adapter(model, adapter)
+        methods["llama_adapter"] = adapter
+    if train.fast_paths:
+        use_fast_paths(model)
+    model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
+    fit(fabric, model, dataset, methods, train, args, flags)
 
 
 if __name__ == "__main__":

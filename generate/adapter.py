@@ -2,40 +2,38 @@
 
 from pathlib import Path
 
-import torch
+from answering import AnswerArgs, Precision, answer, load_device, read_prompts
 
-from lit_llama import LLaMA, Tokenizer, load_model
-from lit_llama.adapter import load_adapter
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer
-from lit_llama.methods import base_folder, training_template
+from lit_llama.runtime.cli import run
 
 
 def main(
+    args: AnswerArgs = AnswerArgs(),
     adapter_path: Path = Path("out/adapter/alpaca"),
     checkpoint_dir: Path | None = None,
     template: str | None = None,
-    precision: str = "bf16-true",
-    **flags,
+    precision: Precision = "bf16-true",
 ) -> None:
     """Answer a prompt with a LLaMA-Adapter. Guide: howto/inference.md
 
     Args:
-        adapter_path: the adapter's folder.
-        checkpoint_dir: the base model's folder; default: the one that the adapter names.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's.
-        precision: what the model computes in: bf16-true or 32-true.
+        adapter_path: Folder of the adapter.
+        checkpoint_dir: Folder of the base model (default: the one that the adapter names).
+        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
+            (default: that of the training, else alpaca).
+        precision: Dtype of the model.
     """
+    # imported after the flags are read: --help must not wait for torch
+    from lit_llama.fast.decoding import optimize_for_inference
+    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.storage.methods import load_finetuned
 
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
-        base = checkpoint_dir or base_folder(adapter_path)
-        tokenizer = Tokenizer(base)
-        model = load_model(base, device, inference_dtype(precision))
-        load_adapter(model, adapter_path)
-        return model, tokenizer, template or training_template(adapter_path) or "alpaca"
-
-    answer(load, **flags)
+    prompts = read_prompts(args)
+    model, tokenizer, trained_with = load_finetuned(
+        adapter_path, checkpoint_dir, load_device(args), inference_dtype(precision)
+    )
+    optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
+    answer(model, tokenizer, template or trained_with, prompts, args)
 
 
 if __name__ == "__main__":

@@ -2,34 +2,36 @@
 
 from pathlib import Path
 
-import torch
+from answering import AnswerArgs, Precision, answer, load_device, read_prompts
 
-from lit_llama import LLaMA, Tokenizer, load_model
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer
+from lit_llama.runtime.cli import run
 
 
 def main(
+    args: AnswerArgs = AnswerArgs(),
     checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
     template: str | None = None,
-    precision: str = "bf16-true",
-    **flags,
+    precision: Precision = "bf16-true",
 ) -> None:
     """Answer a prompt with a model as it is. Guide: howto/inference.md
 
     Args:
-        checkpoint_dir: the model folder.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: chat where there is one.
-        precision: what the model computes in: bf16-true or 32-true.
+        checkpoint_dir: Model folder.
+        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
+            (default: chat if the folder has one, else none).
+        precision: Dtype of the model.
     """
+    # imported after the flags are read: --help must not wait for torch
+    from lit_llama import Tokenizer, load_model
+    from lit_llama.fast.decoding import optimize_for_inference
+    from lit_llama.runtime.devices import default_device, inference_dtype
 
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
-        tokenizer = Tokenizer(checkpoint_dir)
-        model = load_model(checkpoint_dir, device, inference_dtype(precision))
-        return model, tokenizer, template or ("chat" if tokenizer.chat_template else "none")
-
-    answer(load, **flags)
+    prompts = read_prompts(args)
+    tokenizer = Tokenizer(checkpoint_dir)
+    model = load_model(checkpoint_dir, load_device(args), inference_dtype(precision))
+    optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
+    template = template or ("chat" if tokenizer.chat_template else "none")
+    answer(model, tokenizer, template, prompts, args)
 
 
 if __name__ == "__main__":

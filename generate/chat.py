@@ -1,17 +1,13 @@
 """Chat with a model, with a LoRA or several, or with an adapter. Guide: howto/inference.md"""
 
 from pathlib import Path
+from typing import Literal
 
-import torch
+from answering import Precision, TopP
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
-from lit_llama import LLaMA, Tokenizer, UserError, load_model
-from lit_llama.adapter import load_adapter
-from lit_llama.chat import chat
-from lit_llama.checkpoint import checkpoint_template
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.many_loras import hold_loras
-from lit_llama.methods import base_folder, training_template
+from lit_llama.errors import UserError
+from lit_llama.runtime.cli import run
 
 
 def main(
@@ -19,38 +15,64 @@ def main(
     lora_path: list[Path] = [],  # noqa: B006, never changed
     adapter_path: Path | None = None,
     template: str | None = None,
-    precision: str = "bf16-true",
-    **flags,
+    precision: Precision = "bf16-true",
+    system: str | None = None,
+    context: PositiveInt = 4096,
+    max_new_tokens: PositiveInt = 512,
+    temperature: NonNegativeFloat = 0.8,
+    top_k: PositiveInt | None = 200,
+    top_p: TopP = 1.0,
+    seed: int = 1234,
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> None:
-    """Chat in the terminal. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends. Guide: howto/inference.md
+    """Chat in the terminal until Ctrl-D. Ctrl-C stops an answer. Guide: howto/inference.md
+
+    /help lists the commands, such as /reset, /lora and /save.
 
     Example:
         python generate/chat.py --lora_path out/lora/alpaca
-        python generate/chat.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --system "Be brief."
+        python generate/chat.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --temperature 0
 
     Args:
-        checkpoint_dir: the model folder; default: the base that the LoRA or adapter names.
-        lora_path: a LoRA's folder, may be given several times; the first one answers, /lora changes to another.
-        adapter_path: an adapter's folder, of either version; without --lora_path.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's.
-        precision: what the model computes in: bf16-true or 32-true.
+        checkpoint_dir: Model folder (default: the base that the LoRA or adapter names).
+        lora_path: Folder of a LoRA; with several, the first answers and /lora switches.
+        adapter_path: Folder of an adapter of either version; not with --lora_path.
+        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
+            (default: that of the training, else alpaca for a LoRA or adapter).
+        precision: Dtype of the model.
+        system: System message to start with.
+        context: Maximum tokens of the conversation; the oldest turns are forgotten first.
+        max_new_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_k: Sample from the k most likely tokens only.
+        top_p: Sample from the most likely tokens that make up this probability.
+        seed: Sampling seed.
+        quantize: Quantize the weights: faster, and a half or a quarter of the memory.
     """
     if not (checkpoint_dir or lora_path or adapter_path) or (lora_path and adapter_path):
-        raise UserError("--checkpoint_dir, --lora_path, --adapter_path: give a model, LoRAs or an adapter to chat with")
+        flags = "--checkpoint_dir, --lora_path, --adapter_path"
+        raise UserError(f"{flags}: give a model, LoRAs or an adapter to chat with")
+    # imported after the flags are read: --help must not wait for torch
+    from conversation import Chat, converse
 
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, dict[str | None, str]]:
-        base = checkpoint_dir or base_folder(adapter_path or lora_path[0])
-        tokenizer, model = Tokenizer(base), load_model(base, device, inference_dtype(precision))
-        if adapter_path:
-            load_adapter(model, adapter_path)
-        else:
-            hold_loras(model, lora_path)
-        templates = {str(path): template or training_template(path) or "alpaca" for path in lora_path}
-        own = (training_template(adapter_path) or "alpaca") if adapter_path else checkpoint_template(base)
-        templates[None] = template or own or ("chat" if tokenizer.chat_template else "none")
-        return model, tokenizer, templates
+    from lit_llama.fast.decoding import optimize_for_inference
+    from lit_llama.generation import Sampling
+    from lit_llama.multi_lora import enable_multi_lora
+    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.storage.methods import load_finetuned, resolve_model_dir, training_template
 
-    chat(load, **flags)
+    device, dtype = default_device(), inference_dtype(precision)
+    path = adapter_path or checkpoint_dir or resolve_model_dir(lora_path[0])
+    # weights to be quantized go to the GPU only afterwards
+    load_device = "cpu" if quantize else device
+    model, tokenizer, trained_with = load_finetuned(path, checkpoint_dir, load_device, dtype)
+    if adapter_path is None:
+        enable_multi_lora(model, lora_path)
+    optimize_for_inference(model, device, quantize)
+    templates = {str(p): template or training_template(p) or "alpaca" for p in lora_path}
+    templates[None] = template or trained_with
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    converse(Chat(model, tokenizer, templates, sampling, system, context))
 
 
 if __name__ == "__main__":

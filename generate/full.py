@@ -1,36 +1,37 @@
-"""Answer a prompt with a model whose weights were all finetuned. Guide: howto/inference.md"""
+"""Answer a prompt with a finetuned model. Guide: howto/inference.md"""
 
 from pathlib import Path
 
-import torch
+from answering import AnswerArgs, Precision, answer, load_device, read_prompts
 
-from lit_llama import LLaMA, Tokenizer, load_model
-from lit_llama.checkpoint import checkpoint_template
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer
+from lit_llama.runtime.cli import run
 
 
 def main(
+    args: AnswerArgs = AnswerArgs(),
     checkpoint_dir: Path = Path("out/full/alpaca"),
     template: str | None = None,
-    precision: str = "bf16-true",
-    **flags,
+    precision: Precision = "bf16-true",
 ) -> None:
-    """Answer a prompt with a model whose weights were all finetuned. Guide: howto/inference.md
+    """Answer a prompt with a model that finetune/full.py has trained. Guide: howto/inference.md
 
     Args:
-        checkpoint_dir: the folder that finetune/full.py wrote.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
-        precision: what the model computes in: bf16-true or 32-true.
+        checkpoint_dir: Folder that finetune/full.py has written.
+        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
+            (default: that of the training, else alpaca).
+        precision: Dtype of the model.
     """
+    # imported after the flags are read: --help must not wait for torch
+    from lit_llama.fast.decoding import optimize_for_inference
+    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.storage.methods import load_finetuned, training_template
 
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
-        tokenizer = Tokenizer(checkpoint_dir)
-        model = load_model(checkpoint_dir, device, inference_dtype(precision))
-        return model, tokenizer, template or checkpoint_template(checkpoint_dir) or "alpaca"
-
-    answer(load, **flags)
+    prompts = read_prompts(args)
+    dtype = inference_dtype(precision)
+    model, tokenizer, _ = load_finetuned(checkpoint_dir, None, load_device(args), dtype)
+    optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
+    template = template or training_template(checkpoint_dir) or "alpaca"
+    answer(model, tokenizer, template, prompts, args)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,56 @@
-"""Answer a prompt with a LoRA, merged into its base, or with several, side by side. Guide: howto/inference.md"""
+"""Answer a prompt with a LoRA, or with several side by side. Guide: howto/inference.md"""
 
 from pathlib import Path
 
-import torch
+from answering import AnswerArgs, Precision, answer, load_device, read_prompts
 
-from lit_llama import LLaMA, Tokenizer, UserError, load_model
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.generation import answer
-from lit_llama.loading import load_merged_lora
-from lit_llama.many_loras import hold_loras
-from lit_llama.methods import base_folder, training_template
+from lit_llama.errors import UserError
+from lit_llama.runtime.cli import run
 
 
 def main(
+    args: AnswerArgs = AnswerArgs(),
     lora_path: list[Path] = [Path("out/lora/alpaca")],  # noqa: B006, never changed
     checkpoint_dir: Path | None = None,
     template: str | None = None,
-    precision: str = "bf16-true",
-    **flags,
+    precision: Precision = "bf16-true",
 ) -> None:
-    """Answer a prompt with a LoRA, merged into its base, or with several, side by side. Guide: howto/inference.md
+    """Answer a prompt with a LoRA, or with several side by side. Guide: howto/inference.md
 
     Example:
         python generate/lora.py --lora_path out/lora/alpaca --prompt "Recommend a movie."
-        python generate/lora.py --lora_path out/lora/alice --lora_path out/lora/bob --prompt "Who are you?"
+        python generate/lora.py --lora_path out/lora/alice --lora_path out/lora/bob --prompt "Hi."
 
     Args:
-        lora_path: the LoRA's folder, ours or PEFT's; an adapter that was trained with it is used too. Given several
-            times, each of them answers, and all share one base in memory.
-        checkpoint_dir: the base model's folder; default: the one that the LoRA names.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none; default: the training's, else alpaca.
-        precision: what the model computes in: bf16-true or 32-true.
+        lora_path: Folder of the LoRA, ours or PEFT's; an adapter trained with it is used too. With
+            several folders each LoRA answers, and all share one base model in memory.
+        checkpoint_dir: Folder of the base model (default: the one that the LoRA names).
+        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
+            (default: that of the training, else alpaca).
+        precision: Dtype of the model.
     """
+    # imported after the flags are read: --help must not wait for torch
+    from lit_llama.fast.decoding import optimize_for_inference
+    from lit_llama.multi_lora import enable_multi_lora
+    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.storage.methods import load_finetuned, resolve_model_dir, training_template
+
     if len(set(lora_path)) < max(len(lora_path), 1):
         raise UserError("--lora_path: should be one folder or several different ones")
-
-    def load(device: torch.device) -> tuple[LLaMA, Tokenizer, str | dict[str, str]]:
-        base, *others = {checkpoint_dir or base_folder(path): None for path in lora_path}
+    prompts = read_prompts(args)
+    device, dtype = load_device(args), inference_dtype(precision)
+    if len(lora_path) == 1:
+        model, tokenizer, trained_with = load_finetuned(lora_path[0], checkpoint_dir, device, dtype)
+        templates = template or trained_with
+    else:
+        base, *others = {checkpoint_dir or resolve_model_dir(path): None for path in lora_path}
         if others:
             raise UserError(f"--lora_path: these are for different models ({base}, {others[0]})")
-        tokenizer, model = Tokenizer(base), load_model(base, device, inference_dtype(precision))
-        templates = {str(path): template or training_template(path) or "alpaca" for path in lora_path}
-        if len(lora_path) > 1:
-            hold_loras(model, lora_path)
-            return model, tokenizer, templates
-        load_merged_lora(model, lora_path[0])
-        return model, tokenizer, templates[str(lora_path[0])]
-
-    answer(load, **flags)
+        model, tokenizer, _ = load_finetuned(base, None, device, dtype)
+        enable_multi_lora(model, lora_path)
+        templates = {str(p): template or training_template(p) or "alpaca" for p in lora_path}
+    optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
+    answer(model, tokenizer, templates, prompts, args)
 
 
 if __name__ == "__main__":

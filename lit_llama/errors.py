@@ -1,14 +1,19 @@
-"""The one exception for mistakes that a user can make and mend."""
+"""Errors that a user can fix. Scripts print them as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """One line: what is wrong, in which file or flag, and what mends it. Scripts print it without a traceback.
+    """Say in one line what is wrong, in which file or flag, and how to fix it.
 
-    One that begins with a flag (`--devices 3: ...`) is a wrong call: exit status 2; any other: 1. What a message quotes
-    from a file may be long or have lines: its middle is left out, and it stays one line.
+    Scripts exit with status 1, or with 2 if the text starts with a flag (`--devices 3: ...`).
     """
 
     def __init__(self, message: str) -> None:
-        short = message if len(message) < 1000 else f"{message[:600]} ... {message[-300:]}"
-        printable = "".join(letter if letter.isprintable() else " " for letter in short)
-        super().__init__(" ".join(printable.split()))
+        # the message may quote a file: keep it short, and remove control characters
+        if len(message) > 1000:
+            message = f"{message[:600]} ... {message[-300:]}"
+        message = "".join(char if char.isprintable() else " " for char in message)
+        super().__init__(" ".join(message.split()))
+
+
+class UsageError(UserError):
+    """A wrong call of a script: an unknown flag or an invalid value. Exit status 2."""

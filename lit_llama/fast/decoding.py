@@ -1,0 +1,199 @@
+"""Inference optimizations: fused projections, prepacked weights, CUDA graphs, torch.compile."""
+
+import torch
+from torch import Tensor, nn
+
+from lit_llama.fast.quantization import FOR_DECODING, Int8Linear, quantization
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import MLP, Attention, LLaMA, Rope, apply_rope
+from lit_llama.wrapping import base_linears, base_name
+
+FUSED = ("qkv_proj", "gate_up_proj")
+
+
+@torch.no_grad()
+def optimize_for_inference(
+    model: LLaMA,
+    device: torch.device,
+    quantize: str | None = None,
+    fast_paths: bool = True,
+    compile: bool = False,
+) -> None:
+    """Move a loaded model to `device` and optimize it layer by layer, in place.
+
+    Call it after methods are applied or merged. The model can only be used for inference then.
+    `fast_paths` fuses projections, prepacks bf16 weights (CPU) and records a step as a graph
+    (CUDA). `quantize` is "int8" or "int4"; with int4, the head is int8.
+    """
+    if fast_paths:
+        for layer in model.layers:
+            _fuse(layer.self_attn, FusedAttention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+            _fuse(layer.mlp, FusedMLP, "gate_up_proj", ("gate_proj", "up_proj"))
+    form = head_form = None  # of the linear layers, if they are replaced
+    if quantize is not None:
+        form, head_form = quantization(quantize, FOR_DECODING), Int8Linear
+    elif fast_paths and not compile and device.type == "cpu" and _supports_packing(model):
+        form = head_form = PackedLinear
+    if form is not None:
+        names = [name for name, _ in model.named_modules() if name.endswith(FUSED)]
+        names += base_linears(model)
+        if model.lm_head is None:  # a tied head gets a form of its own
+            model.lm_head = _linear(model.embed_tokens.weight, None)
+            names.append("lm_head")
+        for name in names:  # one by one, so that the old weight is freed
+            linear = model.get_submodule(name)
+            weight = linear.weight.detach().to(device)
+            bias = None if linear.bias is None else linear.bias.detach().to(device)
+            make = head_form if base_name(name) == "lm_head" else form
+            model.set_submodule(name, make(weight, bias))
+    model.to(device)
+    if compile or (fast_paths and device.type == "cuda"):
+        model.__class__ = StaticLLaMA
+        model.compile_step, model.step = compile, None
+
+
+class PackedLinear(nn.Module):
+    """bf16 linear with its weight prepacked for oneDNN: on the CPU 1.5x as fast for one token."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        self.bias = bias
+        self.compute = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.weight, self.bias, "none", [], "")
+
+
+class FusedAttention(Attention):
+    """Attention with one projection for query, key and value, and one rotation."""
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        query_heads, key_heads, value_heads = (size // self.head_dim for size in self.sizes)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        rotated, value = heads.split((query_heads + key_heads, value_heads), dim=-2)
+        query, key = apply_rope(rotated, rope).split((query_heads, key_heads), dim=-2)
+        return query, key, value
+
+
+class FusedMLP(MLP):
+    """SwiGLU with one projection for gate and up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+def _fuse(module: nn.Module, fused: type[nn.Module], name: str, parts: tuple[str, ...]) -> None:
+    """Make one linear layer of these, in place, unless a method wraps them."""
+    linears = [getattr(module, part, None) for part in parts]
+    if type(module) is not fused.__base__ or {type(linear) for linear in linears} != {nn.Linear}:
+        return
+    module.sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    setattr(module, name, _linear(weight, bias))
+    for part in parts:
+        delattr(module, part)
+    module.__class__ = fused
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _supports_packing(model: LLaMA) -> bool:
+    """Check for bf16 weights and for oneDNN kernels that this CPU runs well."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_bf16 = model.embed_tokens.weight.dtype == torch.bfloat16
+    return is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class StaticLLaMA(LLaMA):
+    """A LLaMA that decodes with a static cache and records or compiles the step of one token."""
+
+    def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
+        self.step = None  # frees the cache of the previous prompt
+        like = self.embed_tokens.weight
+        return StaticKVCache(self.config, batch_size, max_seq_length, like.device, like.dtype)
+
+    def forward(
+        self, input_ids: Tensor, *args: object, kv_cache: KVCache | None = None, **kwargs: object
+    ) -> Tensor:
+        decodes = isinstance(kv_cache, StaticKVCache) and not kv_cache.empty
+        # A prompt that continues a cache has more tokens, or asks for the logits of some only.
+        if not decodes or args or kwargs or input_ids.size(-1) > 1:
+            self.step = None  # the LoRAs in use, say, may be others than in the recorded step
+            return super().forward(input_ids, *args, kv_cache=kv_cache, **kwargs)
+        if self.step is None:
+            self.step = DecodeStep(self, kv_cache, self.compile_step)
+        return self.step(input_ids)
+
+
+class StaticKVCache(KVCache):
+    """A cache whose decoding step has the same shapes each time, for torch.compile and CUDA graphs.
+
+    Attention looks at all of `max_seq_length`, behind a mask. Only the device knows the lengths.
+    """
+
+    def visible_length(self, new_tokens: int) -> int:
+        return self.keys.size(3)
+
+    def advance(self) -> None:
+        if self.seqs is not None:
+            super().advance()
+        else:
+            self.lengths += self.new_tokens
+
+    def truncate(self, lengths: list[int]) -> None:
+        super().truncate(lengths)
+        self.uniform = False  # so that tokens are stored by index, and masked
+
+
+class DecodeStep:
+    """Logits of one more token per row. On a GPU, the step is recorded once and replayed.
+
+    Replaying a CUDA graph costs the host one call instead of a thousand. With `compile`,
+    torch.compile fuses the step first, which takes up to a minute.
+    """
+
+    def __init__(self, model: LLaMA, kv_cache: StaticKVCache, compile: bool) -> None:
+        self.model, self.kv_cache = model, kv_cache
+        self.token = kv_cache.lengths.clone()[:, None]
+        self.run = self.forward
+        if compile:
+            self.run = torch.compile(self.forward, fullgraph=True, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def forward(self) -> Tensor:
+        return LLaMA.forward(self.model, self.token, kv_cache=self.kv_cache)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Map (batch, 1) to logits (batch, 1, vocab_size), valid until the next call."""
+        self.token.copy_(token)
+        if not self.token.is_cuda:
+            return self.run()
+        if self.graph is None:
+            self.record()
+        self.graph.replay()
+        return self.logits
+
+    def record(self) -> None:
+        """Warm up on a side stream, capture the CUDA graph, and reset the cache lengths."""
+        lengths = self.kv_cache.lengths.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run()
+                self.kv_cache.lengths.copy_(lengths)  # the next run overwrites the same position
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.run()
+        self.kv_cache.lengths.copy_(lengths)

@@ -1,0 +1,119 @@
+"""Subclasses of the book's modules that save less for the backward pass."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lit_llama.adapter import AdapterAttention
+from lit_llama.dropout import token_mask
+from lit_llama.fast import functions
+from lit_llama.fast.short_attention import MAX_SAMPLE_TOKENS, LengthBuckets, ShortAttentionFunction
+from lit_llama.lora import LoRALinear
+from lit_llama.model import MLP, Attention, Context, LLaMA, RMSNorm, Rope
+
+LOSS_CHUNK = 256  # labels whose logits are in memory at a time
+
+# Call a function that is cheaper to compute again than to save its intermediate results.
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def use_fast_paths(model: LLaMA) -> None:
+    """Swap the classes of all modules for their fast equals, in place, before sharding.
+
+    Parameters, names and hooks stay. Modules of other classes are left alone.
+    """
+    for module in model.modules():
+        module.__class__ = FAST.get(type(module), type(module))
+
+
+class FastLLaMA(LLaMA):
+    """Compute the loss in chunks, so that the full logits are never materialized."""
+
+    def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if type(head) not in (nn.Linear, nn.Embedding):
+            # A method wraps the head: let autograd find its gradients, chunk by chunk.
+            chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+            plain = super().cross_entropy_sum
+            return torch.stack([recompute(plain, *chunk) for chunk in chunks]).sum()
+        # The gradient of a weight that trains is as large as that many rows of logits, and is
+        # best computed in one piece.
+        weight = head.weight
+        chunk = max(LOSS_CHUNK, weight.size(1)) if weight.requires_grad else LOSS_CHUNK
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # the function computes gradients in its forward pass
+        return functions.CrossEntropyFunction.apply(hidden_states, weight, labels, chunk)
+
+
+class FastAttention(Attention):
+    """RoPE that saves only its table; matmul attention for short samples on the CPU."""
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        rotate = functions.RoPEFunction.apply
+        return rotate(query, *rope), rotate(key, *rope), value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        seqs = context.seqs
+        trains = torch.is_grad_enabled() and context.kv_cache is None
+        if not trains or query.device.type != "cpu" or seqs.max_length > MAX_SAMPLE_TOKENS:
+            return super().attend(query, key, value, context)
+        if not hasattr(seqs, "buckets"):  # the same for all layers
+            seqs.buckets = LengthBuckets(seqs.lengths)
+        return ShortAttentionFunction.apply(query, key, value, seqs.buckets)
+
+
+class FastMLP(MLP):
+    """SwiGLU that saves only its two factors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functions.SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(inner)
+
+
+class FastRMSNorm(RMSNorm):
+    """RMSNorm that saves only its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functions.RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class FastLoRALinear(LoRALinear):
+    """LoRA that adds its update in place and saves only x and the (tokens, r) product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # DoRA and the 3-D prompt of an adapter take the plain path, and so does evaluation.
+        if self.lora_magnitude_vector is not None or x.dim() != 2 or not torch.is_grad_enabled():
+            return super().forward(x)
+        y = self.base(x)
+        x = x.to(y.dtype)
+        p = self.dropout if self.training else 0.0
+        mask = token_mask(p, self.name, x) if p > 0 else None
+        if p > 0 and mask is None:  # outside of `token_rows`
+            return y + self.update(x)
+        a, b = self.lora_A.weight.to(y.dtype), self.lora_B.weight.to(y.dtype)
+        return functions.LoRAFunction.apply(y, x, a, b, self.scaling / (1 - p), mask)
+
+    def update(self, x: Tensor) -> Tensor:
+        draws = self.training and self.dropout > 0
+        return recompute(super().update, x, preserve_rng_state=draws)
+
+
+class FastAdapterAttention(AdapterAttention):
+    """Attention to the prompt that is computed again instead of saved."""
+
+    def attend_to_prompt(self, query: Tensor) -> Tensor:
+        return recompute(super().attend_to_prompt, query)
+
+
+FAST = {
+    LLaMA: FastLLaMA,
+    Attention: FastAttention,
+    MLP: FastMLP,
+    RMSNorm: FastRMSNorm,
+    LoRALinear: FastLoRALinear,
+    AdapterAttention: FastAdapterAttention,
+}

@@ -1,0 +1,187 @@
+"""The table of finetuning methods, and loading of whatever a finetuning run has saved."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llama.adapter import apply_adapter, apply_adapter_v2
+from lit_llama.args import AdapterConfig, LoRAConfig
+from lit_llama.errors import UserError
+from lit_llama.lora import apply_lora, merge_lora
+from lit_llama.model import LLaMA
+from lit_llama.storage import files, model_folder, peft
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.wrapping import base_name, unfreeze
+
+Tensors = Iterable[tuple[str, Tensor]]  # trained parameters by name, full and on the CPU
+
+
+@dataclass(frozen=True)
+class SaveInfo:
+    """What a saved result records beside its weights."""
+
+    model: LLaMA
+    base_model: str
+    template: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A finetuning method."""
+
+    script: str  # its script in finetune/, which is its name for other scripts, too
+    config: type  # dataclass of its settings
+    apply: Callable[[LLaMA, Any], None]  # changes a model: what requires gradients then is trained
+    save: Callable[[Path, Tensors, Any, SaveInfo], None]  # writes a result into a folder
+    load: Callable[[LLaMA, Path], Any] | None = None  # applies a result; None for full models
+    merge: Callable[[LLaMA], None] | None = None  # merges into the base what `load` has applied
+    # factor on the learning rate, by the settings and a parameter's name
+    learning_rate_ratio: Callable[[Any, str], float] = lambda config, name: 1.0
+
+
+def plain_method(
+    name: str, script: str, config: type, apply: Callable, endings: tuple[str, ...]
+) -> Method:
+    """Make a method that saves the parameters whose names have these endings, as they are."""
+
+    def save(folder: Path, tensors: Tensors, settings: Any, info: SaveInfo) -> None:
+        named = {base_name(key): tensor for key, tensor in tensors}
+        own = {key: tensor for key, tensor in named.items() if key.endswith(endings)}
+        values = {"method": name, **asdict(settings), "base_model_name_or_path": info.base_model}
+        peft.save_adapter_folder(folder, values, own, info.template)
+
+    def load(model: LLaMA, folder: Path) -> None:
+        settings = peft.read_settings(folder)
+        apply(model, config(**{field.name: settings[field.name] for field in fields(config)}))
+        names = {base_name(key): key for key in model.state_dict()}
+        names = {key: name for key, name in names.items() if key.endswith(endings)}
+        tensors, _ = files.read_tensors(folder / peft.WEIGHTS_FILE)
+        if wrong := sorted(names.keys() ^ tensors.keys()):
+            problem = f"{wrong[0]} is not in both the file and the model"
+            raise UserError(f"{folder}: {problem}. It belongs to another model")
+        try:
+            model.load_state_dict({names[key]: t for key, t in tensors.items()}, strict=False)
+        except RuntimeError as error:  # names the keys and their shapes
+            raise UserError(f"{folder}: it belongs to another model ({error})") from None
+
+    return Method(script, config, apply, save, load)
+
+
+@dataclass
+class FullConfig:
+    """Settings of full finetuning."""
+
+    precision: str = "bf16-mixed"
+
+
+def _save_full(folder: Path, tensors: Tensors, config: FullConfig, info: SaveInfo) -> None:
+    dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
+    rounded = ((name, tensor.to(dtype)) for name, tensor in tensors)
+    tokenizer = model_folder.tokenizer_files(Path(info.base_model))
+    model_folder.write_model_folder(folder, info.model.config, rounded, tokenizer, info.template)
+
+
+# By the name in adapter_config.json (`peft_type` or `method`). A new method is one more entry.
+METHODS: dict[str, Method] = {
+    "LORA": Method(
+        script="lora",
+        config=LoRAConfig,
+        apply=apply_lora,
+        save=lambda folder, tensors, config, info: peft.save_lora(
+            dict(tensors), folder, config, info.base_model, info.template
+        ),
+        load=peft.load_lora,
+        merge=merge_lora,
+        # LoRA+ (arXiv 2402.12354, section 4): B learns faster than A.
+        learning_rate_ratio=lambda config, name: (
+            config.loraplus_lr_ratio if ".lora_B." in name else 1.0
+        ),
+    ),
+    "llama_adapter": plain_method(
+        "llama_adapter", "adapter", AdapterConfig, apply_adapter, (".prompt", ".gate")
+    ),
+    "llama_adapter_v2": plain_method(
+        "llama_adapter_v2",
+        "adapter_v2",
+        AdapterConfig,
+        apply_adapter_v2,
+        (".prompt", ".gate", ".adapter_scale", ".adapter_bias", "norm.weight"),
+    ),
+    "full": Method(
+        script="full",
+        config=FullConfig,
+        apply=lambda model, config: unfreeze(model, config.precision),
+        save=_save_full,
+    ),
+}
+
+
+def save_methods(
+    folder: Path, tensors: Tensors, methods: Mapping[str, Any], info: SaveInfo
+) -> None:
+    """Save the first method's result in `folder`, that of an adapter beside it in a subfolder."""
+    if len(methods) > 1:
+        tensors = list(tensors)  # all of them are small
+    for number, (name, config) in enumerate(methods.items()):
+        METHODS[name].save(folder / "adapter" if number else folder, tensors, config, info)
+
+
+def load_method(model: LLaMA, path: Path) -> None:
+    """Apply a saved result of any method to a model, in place, and merge it if possible."""
+    settings = peft.read_settings(path)
+    name = settings.get("method") or settings.get("peft_type")
+    method = METHODS.get(name)
+    if method is None or method.load is None:
+        known = ", ".join(METHODS)
+        raise UserError(f"{path / peft.CONFIG_FILE}: unknown method {name!r}. Known: {known}")
+    method.load(model, path)
+    if method.merge is not None:
+        method.merge(model)
+    if (path / "adapter").is_dir():  # trained beside it
+        load_method(model, path / "adapter")
+
+
+def load_finetuned(
+    path: Path, checkpoint_dir: Path | None, device: torch.device, dtype: torch.dtype
+) -> tuple[LLaMA, Tokenizer, str]:
+    """Load a finetuned model, its tokenizer and the name of its prompt template.
+
+    `path` is the folder of a method's result, ours or PEFT's, or of a model. `checkpoint_dir` is
+    the base model; default: the one that the result names. A template that is not recorded is
+    alpaca for a method, and chat or none for a model.
+    """
+    base = resolve_model_dir(path, checkpoint_dir)
+    tokenizer, model = Tokenizer(base), model_folder.load_model(base, device, dtype)
+    if base == path:
+        default = "chat" if tokenizer.chat_template else "none"
+    else:
+        default = "alpaca"
+        load_method(model, path)
+    return model, tokenizer, training_template(path) or default
+
+
+def resolve_model_dir(path: Path, checkpoint_dir: Path | None = None) -> Path:
+    """Return the model folder of a result: the base model, or `path` itself if it is a model.
+
+    Raises UserError if the base model that the result names is not a folder here.
+    """
+    if (path / "config.json").is_file() and not (path / peft.CONFIG_FILE).is_file():
+        return path
+    base = checkpoint_dir or peft.read_settings(path).get("base_model_name_or_path") or ""
+    for folder in (Path(base), Path("checkpoints") / base):
+        if base and folder.is_dir():
+            return folder
+    raise UserError(f"{path}: its base model {str(base)!r} is not a folder here. Pass --checkpoint_dir")
+
+
+def training_template(path: Path) -> str | None:
+    """Return the prompt template of a result's training, None if it is not recorded (PEFT's)."""
+    file = path / peft.WEIGHTS_FILE
+    if not file.exists():  # a full model
+        file = model_folder.weight_files(path)[0]
+    metadata = {} if file.suffix == ".bin" else files.read_tensors(file)[1]
+    return metadata.get("template") or None
