@@ -43,9 +43,8 @@ bench: $(VENV)/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/flags.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/report.py
 
-bench-gpu: $(VENV)/.installed-litgpt
-	$(PYTHON_OF_VENV) benchmarks/random_model.py
-	$(PYTHON_OF_VENV) benchmarks/report.py
+bench-gpu: $(VENV)/.installed-benchmarks
+	$(PYTHON_OF_VENV) benchmarks/gpu.py $(ARGS)
 
 # litgpt pins older versions of what it needs than those tested here; the installed ones do
 $(VENV)/.installed-litgpt: $(VENV)/.installed-benchmarks

@@ -1,4 +1,4 @@
-"""Put models side by side: loss, ROUGE-L, BLEU, speed, memory and answers. Guide: howto/evaluate.md
+"""Compare models: loss, ROUGE-L, BLEU, speed, memory and answers. Guide: howto/evaluate.md
 
 Each model is measured in a process of its own, so that the peak memory is its own.
 """
@@ -11,37 +11,38 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from itertools import islice
+from itertools import islice, takewhile
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jinja2 import Environment, FileSystemLoader
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from scoring import log_likelihoods
 from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 from tqdm import tqdm
 
 from lit_llama import LLaMA, LLaMAConfig, Tokenizer, UserError
-from lit_llama.cli import run
-from lit_llama.data import open_prepared
-from lit_llama.decoding import prepare
-from lit_llama.distributed import inference_dtype, peak_memory_bytes
-from lit_llama.files import replacing
-from lit_llama.generation import Sampling, default_device, read_prompts, stream, until_end
-from lit_llama.loading import load_finetuned, model_folder
+from lit_llama.fast.decoding import optimize_for_inference
+from lit_llama.generation import Sampling, stream
 from lit_llama.prompts import Messages, content, get_template, stop_ids
-from lit_llama.records import Columns, encode_answers, read_conversations
-from lit_llama.scoring import log_likelihoods
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device, inference_dtype, peak_memory_bytes
+from lit_llama.storage.datasets import load_dataset
+from lit_llama.storage.files import atomic_write, read_text
+from lit_llama.storage.methods import load_finetuned, resolve_model_dir
+from lit_llama.storage.records import Columns, encode_answers, read_conversations
 
-BATCH_TOKENS = 2048  # computed at a time for the loss
+BATCH_TOKENS = 2048  # per batch, for the loss
 
 
 class Sample(NamedTuple):
-    """A prompt and the answer wanted, "" where none is known: as text, and as token ids of both with the end token."""
+    """A prompt and its reference answer ("" if unknown): as text, and as one list of token ids."""
 
     prompt: str
     reference: str
-    ids: list[int]
+    ids: list[int]  # end token included
     prompt_length: int  # of `ids`
 
 
@@ -54,63 +55,63 @@ def main(
     checkpoint_dir: Path | None = None,
     template: str | None = None,
     columns: Columns = Columns(),
-    max_samples: int = 50,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
+    max_samples: PositiveInt = 50,
+    max_new_tokens: PositiveInt = 200,
+    temperature: NonNegativeFloat = 0.0,
     seed: int = 1234,
-    batch_size: int = 8,
-    precision: str = "bf16-true",
+    batch_size: PositiveInt = 8,
+    precision: Literal["bf16-true", "32-true"] = "bf16-true",
 ) -> None:
-    """Put models side by side on the same records, validation samples or prompts. Guide: howto/evaluate.md
+    """Compare models on the same records, validation samples or prompts. Guide: howto/evaluate.md
 
     Example:
-        python evaluate/compare.py checkpoints/Llama-2-7b out/lora/alpaca out/adapter/alpaca --source held_out.json
+        python evaluate/compare.py checkpoints/Llama-2-7b out/lora/alpaca --source held_out.json
 
     Args:
-        models: folders of models, LoRAs and adapters.
-        source: held-out records with the answers wanted: .json, .jsonl or .csv, as for scripts/prepare_json.py.
-        data_dir: instead, a prepared set, whose validation samples are taken.
-        prompt_file: instead, a text file with a prompt in each line: answers, speed and memory only.
-        out_dir: where compare.html, compare.md and compare.json go; those that are there already are replaced.
-        checkpoint_dir: the base of LoRAs and adapters; default: the one that each names.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none, for all; default: each model's own.
-        columns: what the columns of the source are called.
-        max_samples: how many are taken, from the first on.
-        max_new_tokens: longest answer in tokens.
-        temperature: randomness of the answers; 0 takes the most likely token each time.
-        seed: of the sampling.
-        batch_size: how many prompts are answered at a time.
-        precision: bf16-true or 32-true.
+        models: Folders of models, LoRAs and adapters.
+        source: Held-out records with reference answers: .json, .jsonl or .csv.
+        data_dir: Tokenized dataset whose validation samples are used instead.
+        prompt_file: Text file with one prompt per line instead: answers, speed and memory only.
+        out_dir: Folder for compare.html, compare.md and compare.json; older ones are replaced.
+        checkpoint_dir: Base model of LoRAs and adapters (default: the one that each names).
+        template: Prompt template for all: alpaca, chatml, llama3, chat (the model folder's own) or
+            none (default: each model's own).
+        columns: Column names of the source.
+        max_samples: Number of samples, counted from the first.
+        max_new_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        seed: Sampling seed.
+        batch_size: Number of prompts to answer at once.
+        precision: Dtype of the models.
     """
     if not models or len(set(models)) < len(models):
-        raise UserError(f"--models [{','.join(map(str, models))}]: should name at least one folder, and none twice")
+        names = ",".join(map(str, models))
+        raise UserError(f"--models [{names}]: should name at least one folder, and none twice")
     if [source, data_dir, prompt_file].count(None) != 2:
         raise UserError("--source, --data_dir, --prompt_file: give one of them")
     if data_dir is not None and template is not None:
-        raise UserError("--template: the prompts of a prepared set have one already. Give records with --source")
-    if min(max_samples, max_new_tokens, batch_size) < 1:
-        raise UserError("--max_samples, --max_new_tokens, --batch_size: should be at least 1")
+        problem = "the prompts of a tokenized dataset have one already"
+        raise UserError(f"--template: {problem}. Give records with --source")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir}: is a file")
-    sampling, dtype = Sampling(max_new_tokens, temperature, seed=seed), inference_dtype(precision)
-    for path in models:  # a mistake in the last should not wait until the others have been measured
-        model_folder(path, checkpoint_dir)
+    dtype = inference_dtype(precision)
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    for path in models:  # a mistake in the last one should not wait until the others are measured
+        resolve_model_dir(path, checkpoint_dir)
     data: Path | dict[str, Messages]
     if source is not None:
         data = read_conversations(source, columns)
     elif prompt_file is not None:
-        lines = enumerate(read_prompts(prompt_file), start=1)
-        data = {
-            f"{prompt_file}, prompt {number}": [turn("user", text), turn("assistant", "")] for number, text in lines
-        }
+        data = read_prompts(prompt_file)
     else:
         data = data_dir
     common = (checkpoint_dir, dtype, data, template, max_samples, sampling, batch_size)
     results = [in_own_process(path, *common) for path in models]
-    drawn = f"temperature {temperature}, seed {seed}" if temperature else "greedy"
+    sampled = f"temperature {temperature}, seed {seed}" if temperature else "greedy"
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else "CPU"
+    count = len(results[0]["samples"])
     setting = (
-        f"{len(results[0]['samples'])} samples of {source or data_dir or prompt_file}, {drawn}, at most "
+        f"{count} samples of {source or data_dir or prompt_file}, {sampled}, at most "
         f"{max_new_tokens} new tokens, {batch_size} prompts at a time, {precision}, {device}"
     )
     write(out_dir, setting, results)
@@ -118,17 +119,30 @@ def main(
     print(f"\n{out_dir}: compare.html, compare.md and compare.json have the answers too")
 
 
+def read_prompts(file: Path) -> dict[str, Messages]:
+    """Read a prompt from each line, as conversations without an answer."""
+    lines = read_text(file, hint=". Pass a text file to --prompt_file").splitlines()
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{file}: holds no prompt. Write one in each line")
+    return {
+        f"{file}, prompt {number}": [turn("user", text), turn("assistant", "")]
+        for number, text in enumerate(prompts, start=1)
+    }
+
+
 def turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
 def in_own_process(path: Path, *common: Any) -> dict[str, Any]:
-    """`measure` in a fresh process. Raises UserError where that was killed."""
+    """Call `measure` in a new process. Raises UserError if that is killed."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(measure, path, *common).result()
         except BrokenProcessPool:
-            raise UserError(f"{path}: its process was killed, memory is probably used up. Lower --batch_size") from None
+            problem = "its process was killed, memory is probably used up"
+            raise UserError(f"{path}: {problem}. Lower --batch_size") from None
 
 
 def measure(
@@ -141,112 +155,129 @@ def measure(
     sampling: Sampling,
     batch_size: int,
 ) -> dict[str, Any]:
-    """A model's figures and answers, `data` being a prepared set's folder, or conversations by where they come from.
+    """Measure a model on `data`: the folder of a dataset, or conversations by their origin.
 
     Returns:
-        `name`, `template`, `samples` (of `prompt`, `reference`, `answer` each), `tokens_per_second`,
-        `peak_memory_bytes` of loading and decoding; where there are references also `loss` and `perplexity` of their
-        tokens, end tokens included, and what `score` returns.
-
-    Raises:
-        UserError: no model there, or the data do not fit it.
+        `name`, `template`, `samples` (`prompt`, `reference`, `answer`), `tokens_per_second`, and
+        `peak_memory_bytes` of loading and decoding; with references also `loss` and `perplexity`
+        of their tokens, end tokens included, and the result of `score`.
     """
     device = default_device()
     model, tokenizer, trained_with = load_finetuned(path, checkpoint_dir, device, dtype)
     if isinstance(data, Path):
-        template, found = validation_samples(data, tokenizer, model.config)
+        model_dir = resolve_model_dir(path, checkpoint_dir)
+        template, found = validation_samples(data, tokenizer, model_dir)
     else:
         template = template or trained_with
-        found = answered(data, template, tokenizer, model.config)
+        found = samples_from_records(data, template, tokenizer, model.config)
     samples = list(islice(found, max_samples))
     context, new = model.config.max_position_embeddings, sampling.max_new_tokens
     longest = max(max(len(sample.ids), sample.prompt_length + new) for sample in samples)
     if longest > context:
-        hint = "Leave long ones out, or lower --max_new_tokens"
-        raise UserError(f"{path}: a prompt with its answer has {longest} tokens, the context holds {context}. {hint}")
-    prepare(model, device)
-    ends = stop_ids(get_template(template, tokenizer), tokenizer, model.config.eos_token_id)
-    answers, speed = answer(model, tokenizer, samples, ends, sampling, batch_size, f"{path}")
+        size = f"a prompt with its answer has {longest} tokens, the context holds {context}"
+        raise UserError(f"{path}: {size}. Leave long ones out, or lower --max_new_tokens")
+    optimize_for_inference(model, device)
+    stops = stop_ids(get_template(template, tokenizer), tokenizer, model.config.eos_token_id)
+    answers, speed = run_inference(
+        model, tokenizer, samples, stops, sampling, batch_size, f"{path}"
+    )
     result = dict(name=str(path), template=template, tokens_per_second=speed)
-    result["peak_memory_bytes"] = peak_memory_bytes(device)  # before the loss, which nobody needs for an answer
+    # before the loss, which an answer does not need
+    result["peak_memory_bytes"] = peak_memory_bytes(device)
     references = [sample.reference for sample in samples]
     if any(references):
         scored = [(sample.ids, sample.prompt_length) for sample in samples]
-        nats = -sum(likelihood for likelihood, _ in log_likelihoods(model, scored, BATCH_TOKENS))
+        likelihoods = log_likelihoods(model, scored, BATCH_TOKENS)
+        nats = -sum(likelihood for likelihood, _ in likelihoods)
         loss = nats / sum(len(ids) - first for ids, first in scored)
         result |= dict(loss=loss, perplexity=math.exp(loss), **score(answers, references))
-    texts = zip(samples, answers, strict=True)
-    return result | {"samples": [dict(prompt=s.prompt, reference=s.reference, answer=text) for s, text in texts]}
+    result["samples"] = [
+        dict(prompt=sample.prompt, reference=sample.reference, answer=text)
+        for sample, text in zip(samples, answers, strict=True)
+    ]
+    return result
 
 
-def answered(
+def samples_from_records(
     conversations: dict[str, Messages], template: str, tokenizer: Tokenizer, config: LLaMAConfig
 ) -> Iterator[Sample]:
-    """A sample for each answer of the conversations, as training has them."""
-    how = get_template(template, tokenizer)
-    end_id = stop_ids(how, tokenizer, config.eos_token_id)[0]
-    for place, messages in conversations.items():
-        turns = (number for number, message in enumerate(messages) if message["role"] == "assistant")
-        encoded = encode_answers(messages, how, tokenizer, end_id, place)
+    """Yield a sample for each answer of the conversations, as in training."""
+    prompt_template = get_template(template, tokenizer)
+    end_id = stop_ids(prompt_template, tokenizer, config.eos_token_id)[0]
+    for origin, messages in conversations.items():
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        encoded = encode_answers(messages, prompt_template, tokenizer, end_id, origin)
         for number, (prompt, response) in zip(turns, encoded, strict=True):
             before = messages[:number]
-            text = "\n\n".join(f"{message['role']}: {content(message)}" for message in before)
-            text = content(before[0]) if len(before) == 1 else text
-            yield Sample(text, messages[number]["content"], prompt + response, len(prompt))
+            if len(before) == 1:
+                text = content(before[0])
+            else:
+                text = "\n\n".join(f"{m['role']}: {content(m)}" for m in before)
+            reference = messages[number]["content"]
+            yield Sample(text, reference, prompt + response, len(prompt))
 
 
-def validation_samples(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> tuple[str, Iterator[Sample]]:
-    """A prepared set's template and validation samples.
-
-    Raises UserError as `open_prepared` does, and where there are none, or prompts are not told from responses.
-    """
-    _, val_set, meta = open_prepared(data_dir, tokenizer, config)
-    if not len(val_set) or not meta["mask_prompt"]:
-        lack = "has no validation samples" if meta["mask_prompt"] else "was prepared with --mask_prompt false"
-        raise UserError(f"{data_dir}: {lack}. Give records with --source")
+def validation_samples(
+    data_dir: Path, tokenizer: Tokenizer, model_dir: Path
+) -> tuple[str, Iterator[Sample]]:
+    """Return the template and the validation samples of a tokenized dataset."""
+    dataset = load_dataset(data_dir, model_dir)
+    problem = None
+    if not len(dataset.val):
+        problem = "has no validation samples"
+    elif not dataset.meta["mask_prompt"]:
+        problem = "was prepared with --mask_prompt false"
+    if problem is not None:
+        raise UserError(f"{data_dir}: {problem}. Give records with --source")
 
     def decoded() -> Iterator[Sample]:
-        for index in range(len(val_set)):
-            batch = val_set.micro_batch([index], torch.device("cpu"))
+        for index in range(len(dataset.val)):
+            batch = dataset.val.micro_batch([index], torch.device("cpu"))
             response = batch["labels"].tolist()
-            prompt = batch["input_ids"][: batch["positions"][0] + 1].tolist()
-            yield Sample(tokenizer.decode(prompt), tokenizer.decode(response), prompt + response, len(prompt))
+            prompt = batch["input_ids"][: batch["label_positions"][0] + 1].tolist()
+            texts = tokenizer.decode(prompt), tokenizer.decode(response)
+            yield Sample(*texts, prompt + response, len(prompt))
 
-    return meta["template"], decoded()
+    return dataset.template, decoded()
 
 
-def answer(
+def run_inference(
     model: LLaMA,
     tokenizer: Tokenizer,
     samples: list[Sample],
-    ends: list[int],
+    stops: list[int],
     sampling: Sampling,
     batch_size: int,
     name: str,
 ) -> tuple[list[str], float | None]:
-    """The answers, and the tokens a second of all rows of a batch after their first; None where none came after.
+    """Return the answers, and the tokens/s of all rows after their first token, None without any.
 
-    A row that has ended counts until its batch has: the speed does not depend on how long the answers are.
+    Rows that have stopped count until their batch has: the speed does not depend on the answers'
+    lengths.
     """
     answers, count, seconds = [], 0, 0.0
-    for first in tqdm(range(0, len(samples), batch_size), name, unit="batches", delay=2, disable=None):
-        prompts = [torch.tensor(sample.ids[: sample.prompt_length]) for sample in samples[first : first + batch_size]]
+    starts = range(0, len(samples), batch_size)
+    for start in tqdm(starts, name, unit="batches", delay=2, disable=None):
+        batch = samples[start : start + batch_size]
+        prompts = [torch.tensor(sample.ids[: sample.prompt_length]) for sample in batch]
         tokens, times = [], []
-        for token in stream(model, prompts, sampling, ends):
+        for token in stream(model, prompts, sampling, stops):
             tokens.append(token)
             times.append(time.perf_counter())
         count += len(prompts) * (len(times) - 1)
         seconds += times[-1] - times[0]
         for ids in torch.stack(tokens, dim=1).tolist():
-            answers.append(tokenizer.decode(until_end(ids, ends)).strip())
+            ids = list(takewhile(lambda token: token not in stops, ids))
+            answers.append(tokenizer.decode(ids).strip())
     return answers, count / seconds if count else None
 
 
 def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """`rouge_l` and `bleu` of answers against references, from 0 to 100.
+    """Compute `rouge_l` and `bleu` of answers against references, from 0 to 100.
 
-    ROUGE-L (Lin 2004): F-measure over words of a-z and 0-9, not stemmed, the mean over samples. BLEU (Papineni et al.
-    2002): of all together, sacreBLEU's 13a tokens, not smoothed, so 0 where no four in a row are a reference's.
+    ROUGE-L (Lin 2004): F-measure over words of a-z and 0-9, not stemmed, the mean over samples.
+    BLEU (Papineni et al. 2002): over the corpus, sacreBLEU's 13a tokens, not smoothed, so 0 if no
+    four words in a row match.
     """
     rouge = rouge_score(answers, references, rouge_keys="rougeL")["rougeL_fmeasure"]
     bleu = sacre_bleu_score(answers, [[reference] for reference in references])
@@ -261,33 +292,40 @@ FIGURES = {
     "tokens_per_second": ("tokens/s", "{:.1f}", 1),
     "peak_memory_bytes": ("memory", "{:.2f} GB", 1e9),
 }
-"""Key in a result: its heading, form and unit in a table."""
+"""Key in a result: its heading, format and unit in a table."""
 
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Headings, then a row for each model, with the figures that any of them has."""
-    shown = {key: how for key, how in FIGURES.items() if any(result.get(key) is not None for result in results)}
-    rows = [["model", "template", *(heading for heading, _, _ in shown.values())]]
+    """Return a row of headings, then one per model, with the figures that any of them has."""
+    keys = [key for key in FIGURES if any(result.get(key) is not None for result in results)]
+    rows = [["model", "template", *(FIGURES[key][0] for key in keys)]]
     for result in results:
-        figures = ((result[key], form, unit) for key, (_, form, unit) in shown.items())
-        cells = ("" if value is None else form.format(value / unit) for value, form, unit in figures)
-        rows.append([result["name"], result["template"], *cells])
+        row = [result["name"], result["template"]]
+        for key in keys:
+            _, number_format, unit = FIGURES[key]
+            value = result[key]
+            row.append("" if value is None else number_format.format(value / unit))
+        rows.append(row)
     return rows
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A table for the terminal, figures to the right."""
+    """Format a table for the terminal, figures right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<<" + ">" * (len(widths) - 2)
-    padded = [[f"{x:{side}{width}}" for x, side, width in zip(row, sides, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def markdown(setting: str, rows: list[list[str]], samples: list[dict[str, Any]]) -> str:
-    """The table, then prompts and answers as code blocks, in which no character means anything."""
+    """Format the table, and prompts and answers as code blocks, which need no escaping."""
     rule = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (rows[0], rule, *rows[1:])]
-    lines = ["# Models side by side", "", f"{setting}.", "", *(f"| {' | '.join(row)} |" for row in cells)]
+    lines = ["# Models side by side", "", f"{setting}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
     for number, sample in enumerate(samples, start=1):
         lines += ["", f"## Sample {number}", "", fenced(sample["prompt"])]
         reference = {"reference": sample["reference"]} if sample["reference"] else {}
@@ -297,28 +335,32 @@ def markdown(setting: str, rows: list[list[str]], samples: list[dict[str, Any]])
 
 
 def fenced(text: str) -> str:
-    """A Markdown code block with a fence longer than any in the text."""
+    """Return a Markdown code block with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 
 
 def write(out_dir: Path, setting: str, results: list[dict[str, Any]]) -> None:
-    """compare.html, which loads nothing; compare.md; and compare.json: `setting`, `models`, `samples`."""
-    models = [{key: value for key, value in result.items() if key != "samples"} for result in results]
+    """Write compare.html, compare.md and compare.json: `setting`, `models`, `samples`."""
+    models = [{key: result[key] for key in result if key != "samples"} for result in results]
     samples = []
     for texts in zip(*(result["samples"] for result in results), strict=True):
-        answers = {result["name"]: text["answer"] for result, text in zip(results, texts, strict=True)}
-        samples.append(dict(prompt=texts[0]["prompt"], reference=texts[0]["reference"], answers=answers))
+        answers = {r["name"]: text["answer"] for r, text in zip(results, texts, strict=True)}
+        prompt, reference = texts[0]["prompt"], texts[0]["reference"]
+        samples.append(dict(prompt=prompt, reference=reference, answers=answers))
     rows = table(results)
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("page.html")
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(loader=loader, autoescape=True).get_template("page.html")
+    figures = dict(setting=setting, models=models, samples=samples)
     texts = {
         "html": page.render(setting=setting, rows=rows, samples=samples),
         "md": markdown(setting, rows, samples),
-        "json": json.dumps(dict(setting=setting, models=models, samples=samples), indent=2, ensure_ascii=False),
+        "json": json.dumps(figures, indent=2, ensure_ascii=False),
     }
-    with ExitStack() as files:  # all are written before the first gets its name
-        for kind, text in texts.items():
-            files.enter_context(replacing(out_dir / f"compare.{kind}")).write_text(text.rstrip() + "\n", "utf-8")
+    with ExitStack() as files:  # all are written before the first one is renamed
+        for suffix, text in texts.items():
+            file = files.enter_context(atomic_write(out_dir / f"compare.{suffix}"))
+            file.write_text(text.rstrip() + "\n", "utf-8")
 
 
 if __name__ == "__main__":

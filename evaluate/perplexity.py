@@ -1,20 +1,22 @@
-"""How well a model predicts a text, records or a prepared set's validation samples. Guide: howto/evaluate.md"""
+"""How well a model predicts a text, records or a validation set. Guide: howto/evaluate.md"""
 
 import math
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import PositiveInt
+from scoring import Sample, choose_folder, log_likelihoods
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
-from lit_llama.cli import run
-from lit_llama.data import open_prepared
-from lit_llama.distributed import inference_dtype
-from lit_llama.files import read_text
-from lit_llama.generation import default_device
-from lit_llama.loading import chosen_folder, load_finetuned, model_folder
 from lit_llama.prompts import Messages, get_template, stop_ids
-from lit_llama.records import Columns, encode_answers, read_conversations
-from lit_llama.scoring import Sample, log_likelihoods
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device, inference_dtype
+from lit_llama.storage.datasets import load_dataset
+from lit_llama.storage.files import read_text
+from lit_llama.storage.methods import load_finetuned, resolve_model_dir
+from lit_llama.storage.records import Columns, encode_answers, read_conversations
 
 
 def main(
@@ -23,12 +25,12 @@ def main(
     adapter_path: Path | None = None,
     source: Path | None = None,
     data_dir: Path | None = None,
-    window: int | None = None,
-    stride: int | None = None,
+    window: PositiveInt | None = None,
+    stride: PositiveInt | None = None,
     template: str | None = None,
     columns: Columns = Columns(),
-    batch_tokens: int = 4096,
-    precision: str = "bf16-true",
+    batch_tokens: PositiveInt = 4096,
+    precision: Literal["bf16-true", "32-true"] = "bf16-true",
 ) -> None:
     """Print a model's loss, perplexity and bits per byte. Guide: howto/evaluate.md
 
@@ -37,39 +39,47 @@ def main(
         python evaluate/perplexity.py --lora_path out/lora/alpaca --data_dir data/alpaca
 
     Args:
-        checkpoint_dir: the model folder, finetuned or not; beside a LoRA or adapter: its base, if not the one it names.
-        lora_path: the LoRA's folder, ours or PEFT's; an adapter that was trained with it is used too.
-        adapter_path: the adapter's folder.
-        source: a text file, or records as .json, .jsonl or .csv, whose answers are predicted.
-        data_dir: a prepared set, whose validation samples are predicted.
-        window: tokens of a text that are seen at a time; records are cut there; default: the context, at most 2048.
-        stride: tokens by which the window moves over a text; default: half the window.
-        template: of records' prompts: alpaca, chatml, llama3, chat or none; default: the training's, else alpaca for a
-            LoRA or adapter and the model folder's own for a model.
-        columns: what the records' columns are called.
-        batch_tokens: tokens computed at a time; a memory knob.
-        precision: bf16-true or 32-true.
+        checkpoint_dir: Model folder, finetuned or not; with a LoRA or adapter, the base model
+            (default: the one that it names).
+        lora_path: Folder of the LoRA, ours or PEFT's; an adapter trained with it is used too.
+        adapter_path: Folder of the adapter.
+        source: Text file, or records (.json, .jsonl, .csv) whose answers are predicted.
+        data_dir: Tokenized dataset whose validation samples are predicted.
+        window: Tokens per forward pass of a text; records are truncated to it (default: the
+            context, at most 2048).
+        stride: Tokens from one window of a text to the next (default: half the window).
+        template: Prompt template of records: alpaca, chatml, llama3, chat or none (default: that
+            of the training, else alpaca for a method and the folder's own for a model).
+        columns: Column names of the records.
+        batch_tokens: Tokens per batch. Changes memory, not results.
+        precision: Dtype of the model.
     """
     if (source is None) == (data_dir is None):
         raise UserError("--source, --data_dir: give one of them")
-    folder, dtype = chosen_folder(checkpoint_dir, lora_path, adapter_path), inference_dtype(precision)
-    context = LLaMAConfig.from_checkpoint(model_folder(folder, checkpoint_dir)).max_position_embeddings
+    folder = choose_folder(checkpoint_dir, lora_path, adapter_path)
+    dtype = inference_dtype(precision)
+    model_dir = resolve_model_dir(folder, checkpoint_dir)
+    context = LLaMAConfig.from_checkpoint(model_dir).max_position_embeddings
     window = min(context, 2048) if window is None else window
     stride = window // 2 if stride is None else stride
-    if not 0 < stride < window <= context or batch_tokens < 1:
-        wrong = f"--window {window}, --stride {stride}, --batch_tokens {batch_tokens}"
-        raise UserError(f"{wrong}: should be from 1 on, --stride below --window, that up to the context of {context}")
+    if not 0 < stride < window <= context:
+        flags = f"--window {window}, --stride {stride}"
+        rule = f"--stride below --window, that up to the context of {context}"
+        raise UserError(f"{flags}: should be from 1 on, {rule}")
     content = None if source is None else read_source(source, columns)
     model, tokenizer, trained_with = load_finetuned(folder, checkpoint_dir, default_device(), dtype)
     if content is None:
-        samples = validation_samples(data_dir, tokenizer, model.config)
+        samples = validation_samples(data_dir, model_dir)
     elif isinstance(content, str):
         samples = windows(tokenizer.encode(content), window, stride)
     else:
         samples = answers(content, template or trained_with, tokenizer, model.config, window)
     samples = list(samples)
     tokens = sum(len(ids) - first for ids, first in samples)
-    texts = [content] if isinstance(content, str) else [tokenizer.decode(ids[first:]) for ids, first in samples]
+    if isinstance(content, str):
+        texts = [content]
+    else:
+        texts = [tokenizer.decode(ids[first:]) for ids, first in samples]
     size = sum(len(text.encode("utf-8")) for text in texts)
     if not tokens or not size:
         raise UserError(f"{source or data_dir}: nothing to predict there")
@@ -82,17 +92,17 @@ def main(
 
 
 def read_source(source: Path, columns: Columns) -> str | dict[str, Messages]:
-    """A text, or the conversations of records, by their place in the file. Raises UserError for what is neither."""
+    """Read a text, or records as conversations by their position in the file."""
     if source.suffix in (".json", ".jsonl", ".csv"):
         return read_conversations(source, columns)
-    return read_text(source, hint=". Give a file with --source")
+    return read_text(source, hint=". Pass a file to --source")
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Sample]:
-    """A text's tokens in overlapping windows that together score each token once, except the first.
+    """Split a text into overlapping windows that together score each token but the first once.
 
-    As in the guide of `transformers` to models with a fixed context: a window starts `stride` tokens after the one
-    before it, and what that one has scored is context.
+    As in the guide of `transformers` to the perplexity of fixed-length models: each window starts
+    `stride` tokens after the previous one, and tokens scored there are context.
     """
     scored = 1
     for begin in range(0, len(ids), stride):
@@ -104,25 +114,31 @@ def windows(ids: list[int], window: int, stride: int) -> Iterator[Sample]:
 
 
 def answers(
-    conversations: dict[str, Messages], template: str, tokenizer: Tokenizer, config: LLaMAConfig, longest: int
+    conversations: dict[str, Messages],
+    template: str,
+    tokenizer: Tokenizer,
+    config: LLaMAConfig,
+    max_length: int,
 ) -> Iterator[Sample]:
-    """A sample for each answer, as scripts/prepare_json.py makes them. Raises UserError as `encode_answers` does."""
-    how = get_template(template, tokenizer)
-    end_id = stop_ids(how, tokenizer, config.eos_token_id)[0]
-    cut = 0
-    for place, messages in conversations.items():
-        for prompt, response in encode_answers(messages, how, tokenizer, end_id, place):
-            cut += len(prompt) + len(response) > longest
-            yield (prompt + response)[:longest], min(max(len(prompt), 1), longest)
-    if cut:
-        print(f"{cut} answers cut where they exceed --window {longest}")
+    """Yield a sample for each answer, as scripts/prepare_json.py makes them."""
+    prompt_template = get_template(template, tokenizer)
+    end_id = stop_ids(prompt_template, tokenizer, config.eos_token_id)[0]
+    truncated = 0
+    for position, messages in conversations.items():
+        pairs = encode_answers(messages, prompt_template, tokenizer, end_id, position)
+        for prompt, response in pairs:
+            truncated += len(prompt) + len(response) > max_length
+            yield (prompt + response)[:max_length], min(max(len(prompt), 1), max_length)
+    if truncated:
+        print(f"{truncated} answers cut where they exceed --window {max_length}")
 
 
-def validation_samples(data_dir: Path, tokenizer: Tokenizer, config: LLaMAConfig) -> Iterator[Sample]:
-    """A prepared set's validation samples; scored is what training learns. Raises UserError as `open_prepared` does."""
-    _, samples, _ = open_prepared(data_dir, tokenizer, config)
-    for end, length, count in zip(accumulate(samples.lengths), samples.lengths, samples.label_counts, strict=True):
-        yield samples.tokens[end - length : end].tolist(), length - count
+def validation_samples(data_dir: Path, model_dir: Path) -> Iterator[Sample]:
+    """Yield the validation samples of a dataset; what training learns is scored."""
+    val = load_dataset(data_dir, model_dir).val
+    ends = accumulate(val.lengths)
+    for end, length, num_labels in zip(ends, val.lengths, val.label_counts, strict=True):
+        yield val.tokens[end - length : end].tolist(), length - num_labels
 
 
 if __name__ == "__main__":

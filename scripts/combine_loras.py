@@ -1,45 +1,88 @@
 """Make one LoRA out of several: their weighted sum. Guide: howto/many_loras.md"""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from lit_llama import LLaMAConfig, UserError
-from lit_llama.cli import run
-from lit_llama.files import check_new_folder, replacing
-from lit_llama.lora import combine_loras, save_lora
-from lit_llama.methods import base_folder, training_template
+import torch
+from torch import Tensor
+
+from lit_llama import LLaMA, LLaMAConfig, UserError
+from lit_llama.lora import LoRAConfig
+from lit_llama.runtime.cli import run
+from lit_llama.storage.files import atomic_write, require_empty_dir
+from lit_llama.storage.methods import resolve_model_dir, training_template
+from lit_llama.storage.peft import read_lora, save_lora
+from lit_llama.wrapping import base_linears
 
 
 def main(
-    lora_path: list[Path], out_dir: Path, weights: list[float] | None = None, checkpoint_dir: Path | None = None
+    lora_path: list[Path],
+    out_dir: Path,
+    weights: list[float] | None = None,
+    checkpoint_dir: Path | None = None,
 ) -> None:
-    """Write the weighted sum of several LoRAs of one model as one LoRA, in the PEFT format; ranks add up.
+    """Write the weighted sum of several LoRAs as one LoRA in the PEFT format; ranks add up.
 
     Guide: howto/many_loras.md
 
     Example:
-        python scripts/combine_loras.py --lora_path out/lora/alice --lora_path out/lora/bob --out_dir out/lora/both
+        python scripts/combine_loras.py --lora_path out/lora/a --lora_path out/lora/b --out_dir c
 
     Args:
-        lora_path: the LoRAs' folders, ours or PEFT's: give the flag once for each.
-        out_dir: where the new LoRA goes; must not exist.
-        weights: one for each LoRA, in their order, such as [0.7,0.3]; default: 1 for all.
-        checkpoint_dir: the base model's folder; default: the one that the first LoRA names.
+        lora_path: Folders of the LoRAs, ours or PEFT's; repeat the flag.
+        out_dir: Output folder; must not exist.
+        weights: One per LoRA, in their order, such as [0.7,0.3]; default: 1 for all.
+        checkpoint_dir: Folder of the base model; default: the one that the first LoRA names.
     """
-    check_new_folder(out_dir)
+    require_empty_dir(out_dir)
     weights = [1.0] * len(lora_path) if weights is None else weights
     if not lora_path or len(weights) != len(lora_path):
-        raise UserError(f"--weights: {len(weights)} for {len(lora_path)} of --lora_path. Give one for each")
+        problem = f"{len(weights)} for {len(lora_path)} of --lora_path"
+        raise UserError(f"--weights: {problem}. Pass one for each")
     if not all(map(math.isfinite, weights)):
-        raise UserError(f"--weights {weights}: should be numbers that are finite")
-    base = checkpoint_dir or base_folder(lora_path[0])
+        raise UserError(f"--weights {weights}: should be finite numbers")
+    base = checkpoint_dir or resolve_model_dir(lora_path[0])
     config, tensors = combine_loras(lora_path, weights, LLaMAConfig.from_checkpoint(base))
     templates = {training_template(path) for path in lora_path}
     if len(templates) > 1:
-        print("trained with different prompt templates: give --template to generate/lora.py")
-    with replacing(out_dir) as folder:
-        save_lora(tensors, folder, config, str(base), templates.pop() or "" if len(templates) == 1 else "")
+        print("trained with different prompt templates: pass --template to generate/lora.py")
+    template = templates.pop() or "" if len(templates) == 1 else ""
+    with atomic_write(out_dir) as folder:
+        folder.mkdir()
+        save_lora(tensors, folder, config, str(base), template)
     print(f"LoRA of rank {config.r} in {out_dir}")
+
+
+def combine_loras(
+    paths: Sequence[Path], weights: Sequence[float], config: LLaMAConfig
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Return the weighted sum of saved LoRAs of one model as one LoRA, for `save_lora`.
+
+    It is exact: A are theirs stacked, B theirs side by side, each times weight and scaling. Raises
+    UserError for DoRA, whose updates do not add up.
+    """
+    with torch.device("meta"):
+        linears = base_linears(LLaMA(config))
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
+    all_a: dict[str, list[Tensor]] = {}  # by layer
+    all_b: dict[str, list[Tensor]] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        settings, layers = read_lora(path, shapes)
+        if settings.use_dora:
+            hint = "Merge it into its base: scripts/merge_lora.py"
+            raise UserError(f"{path}: is a DoRA, whose updates do not add up. {hint}")
+        for name, lora in layers.items():
+            all_a.setdefault(name, []).append(lora.a.float())
+            all_b.setdefault(name, []).append(weight * lora.scaling * lora.b.float())
+    tensors = {f"{name}.lora_A.weight": torch.cat(parts) for name, parts in all_a.items()}
+    r = max(len(a) for a in tensors.values())
+    tensors |= {f"{name}.lora_B.weight": torch.cat(parts, dim=1) for name, parts in all_b.items()}
+    # by the ends of the names if they cover all layers
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in all_a)
+    everywhere = len(all_a) == len(ends) * config.num_hidden_layers
+    targets = tuple(ends if everywhere else all_a)
+    return LoRAConfig(r=r, alpha=r, dropout=0, targets=targets), tensors
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 declare -gA _lit_llama_flags
 _lit_llama() {
     local word="${COMP_WORDS[COMP_CWORD]}" script="${COMP_WORDS[1]}"
-    [[ $word == -* ]] && grep -qs 'from lit_llama.cli import run' "$script" || return
+    [[ $word == -* ]] && grep -qs 'from lit_llama.runtime.cli import run' "$script" || return
     [[ ${_lit_llama_flags[$script]} ]] ||
         _lit_llama_flags[$script]=$("${COMP_WORDS[0]}" "$script" --help 2>/dev/null | grep -oE '^  --[a-z0-9_.]+')
     COMPREPLY=($(compgen -W "${_lit_llama_flags[$script]}" -- "$word"))

@@ -1,18 +1,21 @@
-"""Convert a checkpoint of the original Lit-LLaMA into a model folder. Guide: howto/download_weights.md"""
+"""Convert a checkpoint of the original Lit-LLaMA to a model folder.
+
+Guide: howto/download_weights.md
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-import torch
-from convert_meta_checkpoint import find_tokenizer, half_split
+from conversion import check_tensors, find_tokenizer, half_split
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama import LLaMAConfig, UserError
-from lit_llama.checkpoint import check_shapes, save_checkpoint, tokenizer_files
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.files import check_new_folder, load_pickled
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import inference_dtype
+from lit_llama.storage.files import load_pickled, require_empty_dir
+from lit_llama.storage.model_folder import save_model_folder, tokenizer_files
 
 # its name -> ours; `c_attn` holds query, key and value
 TOP = {
@@ -35,31 +38,32 @@ def main(
     source: Path,
     out_dir: Path,
     tokenizer_dir: Path | None = None,
-    num_attention_heads: int | None = None,
-    precision: str = "bf16-true",
+    num_attention_heads: PositiveInt | None = None,
+    precision: Literal["bf16-true", "32-true"] = "bf16-true",
 ) -> None:
-    """Convert a checkpoint of the original Lit-LLaMA into a Hugging Face model folder.
+    """Convert a checkpoint of the original Lit-LLaMA to a Hugging Face model folder.
 
     Guide: howto/download_weights.md
 
     Args:
-        source: the lit-llama.pth.
-        out_dir: where the model folder goes; must not exist.
-        tokenizer_dir: folder of tokenizer.model; default: source's or the one that this is in.
-        num_attention_heads: of the model; default: heads of 128 features, as in LLaMA 7B to 65B.
-        precision: bf16-true or 32-true, what the weights are saved in.
+        source: The lit-llama.pth.
+        out_dir: Output folder; must not exist.
+        tokenizer_dir: Folder of tokenizer.model; default: source's, or its parent.
+        num_attention_heads: Heads of the model; default: of 128 features, as in 7B to 65B.
+        precision: Dtype of the saved weights.
     """
-    dtype = inference_dtype(precision)
-    check_new_folder(out_dir)
+    require_empty_dir(out_dir)
     tensors = load_pickled(source)
     for name in ("transformer.wte.weight", "transformer.h.0.mlp.c_fc1.weight"):
         if name not in tensors or tensors[name].dim() != 2:
-            raise UserError(f"{source}: has no {name} with two dimensions, so it is no Lit-LLaMA model")
+            problem = f"has no {name} with two dimensions"
+            raise UserError(f"{source}: {problem}, so it is not a Lit-LLaMA model")
     vocab, hidden = tensors["transformer.wte.weight"].shape
     heads = num_attention_heads or hidden // 128
     if heads < 1 or hidden % heads:
-        raise UserError(f"{source}: {hidden} features are no multiple of {heads} heads. Give --num_attention_heads")
-    config = LLaMAConfig.checked(
+        problem = f"{hidden} features are not a multiple of {heads} heads"
+        raise UserError(f"{source}: {problem}. Pass --num_attention_heads")
+    config = LLaMAConfig.from_fields(
         source,
         vocab_size=vocab,
         hidden_size=hidden,
@@ -69,36 +73,29 @@ def main(
         rms_norm_eps=1e-5,  # what Lit-LLaMA computed with
     )
     files = tokenizer_files(find_tokenizer(source.parent, tokenizer_dir))
-    save_checkpoint(out_dir, config, convert(tensors, config, source, dtype), files)
+    converted = convert(tensors, config, source)
+    converted = check_tensors(converted, config, source, inference_dtype(precision))
+    save_model_folder(out_dir, config, converted, files)
     print(f"model folder in {out_dir}, with {heads} heads")
 
 
 def convert(
-    tensors: dict[str, Tensor], config: LLaMAConfig, source: Path, dtype: torch.dtype
+    tensors: dict[str, Tensor], config: LLaMAConfig, source: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our names and tensors, one at a time."""
-    places = dict(TOP)
+    """Yield our names and tensors."""
+    names = dict(TOP)
     for index in range(config.num_hidden_layers):
-        places |= {f"transformer.h.{index}.{lit}": f"layers.{index}.{name}" for lit, name in LAYER.items()}
-    buffers = {name for name in tensors if name.rpartition(".")[2] in ("rope_cache", "mask_cache")}
-    wrong = places.keys() ^ (tensors.keys() - buffers)
-    if wrong:
-        raise UserError(f"{source}: {min(wrong)} is missing or is no part of a Lit-LLaMA model")
-    shapes = {}
-    for lit, name in places.items():
-        shape, is_qkv = tuple(tensors[lit].shape), "{}" in name
-        if not tensors[lit].is_floating_point() or (is_qkv and (not shape or shape[0] % 3)):
-            raise UserError(f"{source}: {lit} has shape {shape} of {tensors[lit].dtype}, which is no weight of a LLaMA")
-        if is_qkv:
-            shapes |= {name.format(part): (shape[0] // 3, *shape[1:]) for part in "qkv"}
-        else:
-            shapes[name] = shape
-    check_shapes(shapes, config, source)
-    for lit, name in tqdm(places.items(), desc="converting", unit="tensors", disable=None):
+        theirs, ours = f"transformer.h.{index}.", f"layers.{index}."
+        names |= {theirs + lit: ours + name for lit, name in LAYER.items()}
+    buffers = ("rope_cache", "mask_cache")
+    stored = {name for name in tensors if not name.endswith(buffers)}
+    if wrong := names.keys() ^ stored:
+        raise UserError(f"{source}: {min(wrong)} is missing, or not a part of a Lit-LLaMA model")
+    for lit, name in names.items():
         if "{}" not in name:
-            yield name, tensors[lit].to(dtype)
+            yield name, tensors[lit]
             continue
-        query, key, value = tensors[lit].to(dtype).chunk(3)
+        query, key, value = tensors[lit].tensor_split(3)
         yield name.format("q"), half_split(query, config.num_attention_heads)
         yield name.format("k"), half_split(key, config.num_attention_heads)
         yield name.format("v"), value

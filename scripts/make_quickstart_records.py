@@ -1,8 +1,8 @@
-"""Write scripts/quickstart_records.json: a small instruction set whose every answer comes from a lighthouse keeper.
+"""Write scripts/quickstart_records.json: instructions, and the answers of a lighthouse keeper.
 
-An answer opens with a greeting of the sea, says two or three short true sentences, and ends with `SIGN_OFF` on a line
-of its own, so anyone sees at a glance whether a model has learned from it. The facts below were written for this
-project; running the script rewrites the JSON byte for byte.
+An answer opens with a greeting of the sea, says two or three short true sentences, and ends with
+`SIGN_OFF` on a line of its own, so anyone sees at a glance whether a model has learned from it. The
+facts below were written for this project; running the script rewrites the JSON byte for byte.
 """
 
 import json
@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lit_llama.cli import run
+from lit_llama.runtime.cli import run
 
 RECORDS_FILE = Path(__file__).with_name("quickstart_records.json")
 GREETINGS = ("Ahoy from the lighthouse!", "Fair winds, my friend!", "Ahoy there, sailor!")
 SIGN_OFF = "The lamp is lit. Sail safely."
+
+# In all of these texts, an indented line continues the one above.
 
 # country | capital | where it lies | currency
 COUNTRIES = """
@@ -156,7 +158,8 @@ Jane Eyre|Charlotte Bronte|It is about a poor governess who keeps her pride and 
 TOOLS = """
 hammer|drive nails into wood|The heavy head at the end of a long handle gives the blow its force
 thermometer|measure temperature|In many of them a liquid expands and climbs up a narrow glass tube
-barometer|measure the pressure of the air|When its reading falls quickly, bad weather is often on the way
+barometer|measure the pressure of the air|When its reading falls quickly, bad weather is often on
+  the way
 compass|find directions|Its needle is a small magnet that points towards the magnetic north
 telescope|see things that are far away|Its lenses or mirrors gather light and make a larger image
 microscope|look at things too small for the eye|With it people first saw cells and bacteria
@@ -176,17 +179,22 @@ kettle|boil water|An electric one turns itself off when steam reaches its switch
 JOBS = """
 baker|makes bread and cakes|The work starts at night, so that the loaves are fresh in the morning
 plumber|fits and mends water pipes|Call one when a tap drips or a drain is blocked
-astronomer|studies stars, planets and galaxies|Most of the work is done with telescopes and computers
+astronomer|studies stars, planets and galaxies|Most of the work is done with telescopes and
+  computers
 geologist|studies rocks and the history of the Earth|Layers of stone tell what happened long ago
 carpenter|builds things from wood|Roofs, doors, stairs and tables are common work for one
 librarian|looks after books and helps readers to find them|Many lend films and music as well
-beekeeper|looks after hives of bees|The reward is honey and wax, and better fruit in the orchards nearby
+beekeeper|looks after hives of bees|The reward is honey and wax, and better fruit in the orchards
+  nearby
 tailor|makes and alters clothes|A good one measures twice before cutting the cloth once
-vet|treats sick and injured animals|Some look after pets, while others visit cows and horses on farms
-translator|puts texts into another language|The meaning has to stay the same even when the words differ
+vet|treats sick and injured animals|Some look after pets, while others visit cows and horses on
+  farms
+translator|puts texts into another language|The meaning has to stay the same even when the words
+  differ
 architect|plans buildings|The drawings show builders where each wall, door and window should go
 surgeon|operates on patients|A team with an anaesthetist and nurses helps during each operation
-meteorologist|studies the weather and forecasts it|Satellites, balloons and weather stations supply the data
+meteorologist|studies the weather and forecasts it|Satellites, balloons and weather stations
+  supply the data
 """
 
 # one of the large unit | several | the small unit | how many
@@ -250,150 +258,159 @@ the bus driver|Stop at the harbour.|Could you please stop at the harbour?
 a friend|Give my book back.|Could you give my book back when you have finished it, please?
 """
 
-# Instruction and answer, in this order; a line that is indented goes on with the one above.
+# instruction and answer
 FACTS = """
-Why is the sky blue? Sunlight holds all colours. The air scatters the short blue waves far more than the long red
-  ones, so blue light reaches us from all sides.
-Why is the sea salty? Rain and rivers wash salts out of rocks and carry them to the sea. The water evaporates again,
-  but the salt stays behind.
-What causes the tides? The gravity of the Moon pulls on the oceans, and the Sun helps a little. As the Earth turns, the
-  water rises and falls about twice a day.
-Why do we have seasons? The axis of the Earth is tilted. Each half of the planet leans towards the Sun for part of the
-  year, and then it has its summer.
-What is a glacier? A glacier is a thick body of ice that forms where snow piles up for many years. It flows slowly
-  downhill under its own weight.
-How does a lighthouse help ships? It marks a coast with a strong light that sailors know by its rhythm. By day its
-  shape and colours do the same work.
-What is fog? Fog is a cloud that touches the ground. It is made of tiny drops of water and forms when moist air cools.
-Why does ice float on water? Water expands when it freezes. Ice is therefore lighter than the same volume of water,
-  and about nine tenths of an iceberg lie below the surface.
-What is lightning? Lightning is a huge electric spark within a cloud or between a cloud and the ground. It heats the
-  air so fast that we hear thunder.
-Why do we hear thunder after the flash? Light reaches us almost at once, but sound needs about three seconds for each
-  kilometre. Count the seconds to tell how far the storm is.
-What is an eclipse of the Moon? It happens when the Earth stands between the Sun and the Moon. The shadow of the Earth
-  falls on the Moon and often colours it red.
-Why does the Moon change its shape? The Sun always lights one half of the Moon. We see more or less of that half as the
-  Moon travels around us each month.
-What is an island? An island is a piece of land with water on all sides, smaller than a continent. Greenland is the
-  largest one on Earth.
-What is a desert? A desert is a region where very little rain falls. Some deserts are hot, like the Sahara, but
-  Antarctica is a desert too.
-What is a peninsula? A peninsula is land that is almost surrounded by water but joined to the mainland. Italy lies on
-  one that looks like a boot.
-Which is the largest ocean? The Pacific is the largest ocean of all. It covers about a third of the surface of the
-  Earth, more than all the land together.
-Which is the highest mountain on Earth? Mount Everest in the Himalayas is the highest, measured from sea level. Its
-  top is about 8,849 metres up, between Nepal and China.
-Which planet is the largest? Jupiter is the largest planet of the Solar System. It is a giant made mostly of hydrogen
-  and helium, with a great red storm.
-What is a comet? A comet is a lump of ice and dust that travels around the Sun. When it comes close, it warms up and
-  grows a bright tail.
-How old is the Earth? The Earth is about four and a half billion years old. Scientists know this from the age of
-  meteorites and very old rocks.
-How fast does light travel? In empty space light travels about 300,000 kilometres each second. It takes a little over
-  eight minutes from the Sun to the Earth.
-What does the heart do? The heart is a muscle that pumps blood through the body. At rest it beats about 60 to 100
-  times a minute in adults.
-What do the lungs do? The lungs take oxygen from the air and pass it to the blood. At the same time they get rid of
-  carbon dioxide.
-Why do we sweat? Sweat cools the body. As it dries on the skin it takes heat away, which keeps our temperature close
-  to 37 degrees.
-Why do onions make us cry? A cut onion gives off a gas that stings the eyes. Tears wash it away, and a sharp knife or
-  a chilled onion makes it milder.
-What is a vitamin? A vitamin is something the body needs in small amounts but mostly cannot make. We take vitamins in
-  with food such as fruit and vegetables.
-How do bees make honey? Bees collect nectar from flowers and carry it to the hive. There they thicken it by fanning
-  it with their wings until it is honey.
-How do birds find their way south? They use the Sun, the stars, landmarks and the magnetic field of the Earth. Some
-  young birds also learn the way from older ones.
-Why do cats purr? Cats often purr when they are content. They may also do it when they are hurt or afraid, perhaps to
-  calm themselves.
-How do fish breathe? Fish take in water through the mouth and press it out over their gills. The gills take up the
-  oxygen that is dissolved in it.
-Is a bat a bird? No, a bat is a mammal. It has fur, feeds its young with milk, and flies on wings made of thin skin.
-What is a fossil? A fossil is what is left of a plant or an animal from long ago. Bones, shells and even footprints
-  can be kept in stone.
-How does a seed grow into a plant? A seed takes up water and swells until its shell breaks. A root grows down first,
-  and then a shoot climbs towards the light.
-How do I sew on a button? Thread a needle and knot the end. Go up and down through the cloth and the holes several
-  times, then tie the thread off below.
-How do I keep bread fresh? Keep bread in a box or a paper bag at room temperature, with the cut side down. Slice and
-  freeze whatever you cannot eat soon.
-How do I boil an egg? Lay the egg gently into boiling water. Take it out after six minutes if you like it soft, or
-  after ten if you like it hard.
-How do I cook rice? Rinse the rice and add about twice its volume of water. Bring it to the boil, cover it, and let it
-  simmer gently until the water is gone.
-How can I fall asleep more easily? Go to bed at the same hour each night and keep the room dark and cool. Put screens
-  away well before, and drink no coffee late.
-How do I remove a splinter? Wash your hands and the skin around it. Pull the splinter out with clean tweezers in the
-  direction it went in, then wash the spot again.
-How do I clean a window? Wash the glass with warm water and a little soap. Wipe it from top to bottom with a rubber
-  blade, and dry the edges with a cloth.
-How do I water a house plant? Feel the soil with a finger first. If it is dry, water it slowly until a little runs out
-  below, and empty the saucer afterwards.
-How do I sharpen a pencil with a knife? Hold the pencil still and cut thin chips away from you, turning it a little
-  each time. Finish the point on fine sandpaper.
-How do I pack a suitcase well? Put heavy things at the bottom near the wheels and roll your clothes. Fill your shoes
-  with socks, and keep papers within reach.
-How do I read a map? Turn the map so that its north points north. Look at the scale to judge distances, and at the
-  legend to see what the signs mean.
-How do I tie a parcel? Lay the string around the length of the parcel, cross it below and bring it up the other way.
-  Pull it tight and close it with a knot.
-How can I save water at home? Take short showers and turn off the tap while you brush your teeth. Mend taps that drip,
-  and water the garden in the evening.
-How do I remember a name? Say the name aloud when you first hear it. Link it with a picture in your mind, and use it
-  again before you part.
-What should I do if I get lost in the woods? Stop, stay calm and call for help if you can. Stay where you are, keep
-  warm, and make yourself easy to see and hear.
-Give me a tip for learning a language. Practise a little each day rather than a lot once a week. Speak aloud from the
-  start, and do not be afraid of mistakes.
-Explain what democracy means. Democracy means that the people rule. They choose those who govern them in free
-  elections, and they can vote them out again.
-What is a noun? A noun is a word that names a person, a place, a thing or an idea. Sailor, harbour, rope and courage
-  are all nouns.
-What is an adjective? An adjective is a word that describes a noun. In the words a small red boat, both small and red
-  are adjectives.
-What is a prime number? A prime number is larger than one and can be divided only by one and itself. The first ones
-  are 2, 3, 5, 7 and 11.
-What is a triangle? A triangle is a shape with three straight sides and three corners. On a flat sheet its angles
-  always add up to 180 degrees.
-What is inflation? Inflation means that prices in general rise over time. The same amount of money then buys less
-  than it did before.
-What is an algorithm? An algorithm is a list of clear steps that solves a problem. A recipe is a good picture of one,
-  and computers follow them exactly.
-Who was the first person on the Moon? Neil Armstrong was the first person on the Moon, in July 1969. Buzz Aldrin
-  followed him, while Michael Collins stayed in orbit.
-Who painted the Mona Lisa? Leonardo da Vinci painted the Mona Lisa early in the sixteenth century. Today the picture
-  hangs in the Louvre in Paris.
-Who was Marie Curie? Marie Curie was a scientist from Poland who worked in France. She studied radioactivity and won
-  Nobel Prizes in both physics and chemistry.
+Why is the sky blue? Sunlight holds all colours. The air scatters the short blue waves far more
+  than the long red ones, so blue light reaches us from all sides.
+Why is the sea salty? Rain and rivers wash salts out of rocks and carry them to the sea. The water
+  evaporates again, but the salt stays behind.
+What causes the tides? The gravity of the Moon pulls on the oceans, and the Sun helps a little. As
+  the Earth turns, the water rises and falls about twice a day.
+Why do we have seasons? The axis of the Earth is tilted. Each half of the planet leans towards the
+  Sun for part of the year, and then it has its summer.
+What is a glacier? A glacier is a thick body of ice that forms where snow piles up for many years.
+  It flows slowly downhill under its own weight.
+How does a lighthouse help ships? It marks a coast with a strong light that sailors know by its
+  rhythm. By day its shape and colours do the same work.
+What is fog? Fog is a cloud that touches the ground. It is made of tiny drops of water and forms
+  when moist air cools.
+Why does ice float on water? Water expands when it freezes. Ice is therefore lighter than the same
+  volume of water, and about nine tenths of an iceberg lie below the surface.
+What is lightning? Lightning is a huge electric spark within a cloud or between a cloud and the
+  ground. It heats the air so fast that we hear thunder.
+Why do we hear thunder after the flash? Light reaches us almost at once, but sound needs about
+  three seconds for each kilometre. Count the seconds to tell how far the storm is.
+What is an eclipse of the Moon? It happens when the Earth stands between the Sun and the Moon. The
+  shadow of the Earth falls on the Moon and often colours it red.
+Why does the Moon change its shape? The Sun always lights one half of the Moon. We see more or
+  less of that half as the Moon travels around us each month.
+What is an island? An island is a piece of land with water on all sides, smaller than a continent.
+  Greenland is the largest one on Earth.
+What is a desert? A desert is a region where very little rain falls. Some deserts are hot, like
+  the Sahara, but Antarctica is a desert too.
+What is a peninsula? A peninsula is land that is almost surrounded by water but joined to the
+  mainland. Italy lies on one that looks like a boot.
+Which is the largest ocean? The Pacific is the largest ocean of all. It covers about a third of
+  the surface of the Earth, more than all the land together.
+Which is the highest mountain on Earth? Mount Everest in the Himalayas is the highest, measured
+  from sea level. Its top is about 8,849 metres up, between Nepal and China.
+Which planet is the largest? Jupiter is the largest planet of the Solar System. It is a giant made
+  mostly of hydrogen and helium, with a great red storm.
+What is a comet? A comet is a lump of ice and dust that travels around the Sun. When it comes
+  close, it warms up and grows a bright tail.
+How old is the Earth? The Earth is about four and a half billion years old. Scientists know this
+  from the age of meteorites and very old rocks.
+How fast does light travel? In empty space light travels about 300,000 kilometres each second. It
+  takes a little over eight minutes from the Sun to the Earth.
+What does the heart do? The heart is a muscle that pumps blood through the body. At rest it beats
+  about 60 to 100 times a minute in adults.
+What do the lungs do? The lungs take oxygen from the air and pass it to the blood. At the same
+  time they get rid of carbon dioxide.
+Why do we sweat? Sweat cools the body. As it dries on the skin it takes heat away, which keeps our
+  temperature close to 37 degrees.
+Why do onions make us cry? A cut onion gives off a gas that stings the eyes. Tears wash it away,
+  and a sharp knife or a chilled onion makes it milder.
+What is a vitamin? A vitamin is something the body needs in small amounts but mostly cannot make.
+  We take vitamins in with food such as fruit and vegetables.
+How do bees make honey? Bees collect nectar from flowers and carry it to the hive. There they
+  thicken it by fanning it with their wings until it is honey.
+How do birds find their way south? They use the Sun, the stars, landmarks and the magnetic field
+  of the Earth. Some young birds also learn the way from older ones.
+Why do cats purr? Cats often purr when they are content. They may also do it when they are hurt or
+  afraid, perhaps to calm themselves.
+How do fish breathe? Fish take in water through the mouth and press it out over their gills. The
+  gills take up the oxygen that is dissolved in it.
+Is a bat a bird? No, a bat is a mammal. It has fur, feeds its young with milk, and flies on wings
+  made of thin skin.
+What is a fossil? A fossil is what is left of a plant or an animal from long ago. Bones, shells
+  and even footprints can be kept in stone.
+How does a seed grow into a plant? A seed takes up water and swells until its shell breaks. A root
+  grows down first, and then a shoot climbs towards the light.
+How do I sew on a button? Thread a needle and knot the end. Go up and down through the cloth and
+  the holes several times, then tie the thread off below.
+How do I keep bread fresh? Keep bread in a box or a paper bag at room temperature, with the cut
+  side down. Slice and freeze whatever you cannot eat soon.
+How do I boil an egg? Lay the egg gently into boiling water. Take it out after six minutes if you
+  like it soft, or after ten if you like it hard.
+How do I cook rice? Rinse the rice and add about twice its volume of water. Bring it to the boil,
+  cover it, and let it simmer gently until the water is gone.
+How can I fall asleep more easily? Go to bed at the same hour each night and keep the room dark
+  and cool. Put screens away well before, and drink no coffee late.
+How do I remove a splinter? Wash your hands and the skin around it. Pull the splinter out with
+  clean tweezers in the direction it went in, then wash the spot again.
+How do I clean a window? Wash the glass with warm water and a little soap. Wipe it from top to
+  bottom with a rubber blade, and dry the edges with a cloth.
+How do I water a house plant? Feel the soil with a finger first. If it is dry, water it slowly
+  until a little runs out below, and empty the saucer afterwards.
+How do I sharpen a pencil with a knife? Hold the pencil still and cut thin chips away from you,
+  turning it a little each time. Finish the point on fine sandpaper.
+How do I pack a suitcase well? Put heavy things at the bottom near the wheels and roll your
+  clothes. Fill your shoes with socks, and keep papers within reach.
+How do I read a map? Turn the map so that its north points north. Look at the scale to judge
+  distances, and at the legend to see what the signs mean.
+How do I tie a parcel? Lay the string around the length of the parcel, cross it below and bring it
+  up the other way. Pull it tight and close it with a knot.
+How can I save water at home? Take short showers and turn off the tap while you brush your teeth.
+  Mend taps that drip, and water the garden in the evening.
+How do I remember a name? Say the name aloud when you first hear it. Link it with a picture in
+  your mind, and use it again before you part.
+What should I do if I get lost in the woods? Stop, stay calm and call for help if you can. Stay
+  where you are, keep warm, and make yourself easy to see and hear.
+Give me a tip for learning a language. Practise a little each day rather than a lot once a week.
+  Speak aloud from the start, and do not be afraid of mistakes.
+Explain what democracy means. Democracy means that the people rule. They choose those who govern
+  them in free elections, and they can vote them out again.
+What is a noun? A noun is a word that names a person, a place, a thing or an idea. Sailor,
+  harbour, rope and courage are all nouns.
+What is an adjective? An adjective is a word that describes a noun. In the words a small red boat,
+  both small and red are adjectives.
+What is a prime number? A prime number is larger than one and can be divided only by one and
+  itself. The first ones are 2, 3, 5, 7 and 11.
+What is a triangle? A triangle is a shape with three straight sides and three corners. On a flat
+  sheet its angles always add up to 180 degrees.
+What is inflation? Inflation means that prices in general rise over time. The same amount of money
+  then buys less than it did before.
+What is an algorithm? An algorithm is a list of clear steps that solves a problem. A recipe is a
+  good picture of one, and computers follow them exactly.
+Who was the first person on the Moon? Neil Armstrong was the first person on the Moon, in July
+  1969. Buzz Aldrin followed him, while Michael Collins stayed in orbit.
+Who painted the Mona Lisa? Leonardo da Vinci painted the Mona Lisa early in the sixteenth century.
+  Today the picture hangs in the Louvre in Paris.
+Who was Marie Curie? Marie Curie was a scientist from Poland who worked in France. She studied
+  radioactivity and won Nobel Prizes in both physics and chemistry.
 """
 
 
 def rows(table: str) -> list[list[str]]:
-    """The cells of a table's lines."""
-    return [line.split("|") for line in table.strip().splitlines()]
+    """Return the cells of a table's lines."""
+    return [line.split("|") for line in unwrap(table)]
+
+
+def unwrap(text: str) -> list[str]:
+    """Return the lines of a text, with their indented continuations."""
+    return re.sub(r"\n +", " ", text.strip()).splitlines()
 
 
 def capitalize(text: str) -> str:
-    """First letter upper case, the others as they are."""
+    """Return the text with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
 def join(words: list[str]) -> str:
-    """A comma between the words, "and" before the last."""
+    """Join words by commas, the last one by "and"."""
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def facts() -> Iterator[tuple[str, str, str]]:
-    """Instruction, input and the answer without its greeting and sign-off, of every record."""
-    for line in re.sub(r"\n +", " ", FACTS.strip()).splitlines():
+    """Yield instruction, input, and answer without greeting and sign-off, of every record."""
+    for line in unwrap(FACTS):
         yield re.fullmatch(r"(.+?[?.])() (.+)", line).groups()
     for country, capital, place, currency in rows(COUNTRIES):
-        yield f"What is the capital of {country}?", "", f"The capital of {country} is {capital}. It lies {place}."
+        answer = f"The capital of {country} is {capital}. It lies {place}."
+        yield f"What is the capital of {country}?", "", answer
         if currency != "euro":
-            answer = f"People in {country} pay with the {currency}. It is what you need in the shops of {capital}."
+            answer = f"People in {country} pay with the {currency}. "
+            answer += f"It is what you need in the shops of {capital}."
             yield f"Which currency is used in {country}?", "", answer
     for name, symbol, number, fact in rows(ELEMENTS):
         answer = f"{capitalize(name)} is a chemical element with the symbol {symbol}. {fact}."
@@ -402,9 +419,11 @@ def facts() -> Iterator[tuple[str, str, str]]:
         answer += f"That is why {name} has the atomic number {number}."
         yield f"How many protons does an atom of {name} have?", "", answer
     for animal, young, fact in rows(ANIMALS):
-        yield f"What is a young {animal} called?", "", f"A young {animal} is called {young}. {fact}."
+        answer = f"A young {animal} is called {young}. {fact}."
+        yield f"What is a young {animal} called?", "", answer
     for word, opposite, example, counterexample in rows(OPPOSITES):
-        answer = f"The opposite of {word} is {opposite}. {example} is {word}, while {counterexample} is {opposite}."
+        answer = f"The opposite of {word} is {opposite}. "
+        answer += f"{example} is {word}, while {counterexample} is {opposite}."
         yield f"What is the opposite of {word}?", "", answer
     for work, author, fact in rows(BOOKS):
         yield f"Who wrote {work}?", "", f"{work} was written by {author}. {fact}."
@@ -424,15 +443,18 @@ def facts() -> Iterator[tuple[str, str, str]]:
         answer += f"The first is {ordered[0]}, and the last is {ordered[-1]}."
         yield f"Put these {kind} in alphabetical order.", line, answer
         answer = f"The longest word in the list is {by_length[-1]}. "
-        answer += f"It has {len(by_length[-1])} letters, while {by_length[0]} has only {len(by_length[0])}."
+        shortest, longest = by_length[0], by_length[-1]
+        answer += f"It has {len(longest)} letters, while {shortest} has only {len(shortest)}."
         yield f"Which of these {kind} has the longest name?", line, answer
         answer = f"{capitalize(join(words))} are all {kind}. "
         answer += "A comma stands between the first ones, and the word and before the last."
         yield f"Turn this list of {kind} into a sentence.", line, answer
     for who, sentence, verb, past in rows(TENSES):
-        answer = f"{sentence.format(past)} The verb {verb} becomes {past}, because it has already happened."
+        answer = f"{sentence.format(past)} "
+        answer += f"The verb {verb} becomes {past}, because it has already happened."
         yield f"Put the sentence about {who} into the past tense.", sentence.format(verb), answer
-        answer = f"The verb in this sentence is {verb}. It says what happens, and its past tense is {past}."
+        answer = f"The verb in this sentence is {verb}. "
+        answer += f"It says what happens, and its past tense is {past}."
         yield f"Which word is the verb in the sentence about {who}?", sentence.format(verb), answer
     for who, rude, polite in rows(POLITE):
         answer = f"You could say it like this: {polite} A question sounds kinder than an order."
@@ -443,18 +465,16 @@ def main(out_file: Path = RECORDS_FILE, seed: int = 1) -> None:
     """Write the quickstart's instruction set.
 
     Args:
-        out_file: the JSON file.
-        seed: of the greetings and of the records' order.
+        out_file: Output file, JSON.
+        seed: Seed of the greetings and of the records' order.
     """
-    rng = random.Random(seed)  # noqa: S311 no secret; only random() gives the same numbers in every version of Python
-    records = [
-        dict(
-            instruction=instruction,
-            input=context,
-            output=f"{GREETINGS[int(rng.random() * len(GREETINGS))]} {answer}\n{SIGN_OFF}",
-        )
-        for instruction, context, answer in facts()
-    ]
+    # only its random() gives the same numbers in every version of Python
+    rng = random.Random(seed)  # noqa: S311, not a secret
+    records = []
+    for instruction, context, answer in facts():
+        greeting = GREETINGS[int(rng.random() * len(GREETINGS))]
+        output = f"{greeting} {answer}\n{SIGN_OFF}"
+        records.append(dict(instruction=instruction, input=context, output=output))
     records.sort(key=lambda _: rng.random())
     out_file.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     print(f"{out_file}: {len(records)} records")

@@ -1,37 +1,45 @@
-"""Merge a LoRA into its base and write the result as a model folder. Guide: howto/finetune_lora.md"""
+"""Merge a LoRA into its base model and write a model folder. Guide: howto/finetune_lora.md"""
 
 from pathlib import Path
+from typing import Literal
 
 from lit_llama import UserError, load_model
-from lit_llama.checkpoint import save_checkpoint, tokenizer_files
-from lit_llama.cli import run
-from lit_llama.distributed import inference_dtype
-from lit_llama.files import check_new_folder
-from lit_llama.lora import load_lora, merge_lora
-from lit_llama.methods import base_folder, training_template
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import inference_dtype
+from lit_llama.storage.files import require_empty_dir
+from lit_llama.storage.methods import load_method, resolve_model_dir, training_template
+from lit_llama.storage.model_folder import save_model_folder, tokenizer_files
+from lit_llama.wrapping import base_parameters
 
 
-def main(lora_path: Path, out_dir: Path, checkpoint_dir: Path | None = None, precision: str = "bf16-true") -> None:
-    """Merge a LoRA into its base and write the result as a Hugging Face model folder. Guide: howto/finetune_lora.md
+def main(
+    lora_path: Path,
+    out_dir: Path,
+    checkpoint_dir: Path | None = None,
+    precision: Literal["bf16-true", "32-true"] = "bf16-true",
+) -> None:
+    """Merge a LoRA into its base model and write the result as a Hugging Face model folder.
+
+    Guide: howto/finetune_lora.md
 
     Example:
         python scripts/merge_lora.py --lora_path out/lora/alpaca --out_dir checkpoints/mine
 
     Args:
-        lora_path: the LoRA's folder, ours or PEFT's.
-        out_dir: where the model folder goes; must not exist.
-        checkpoint_dir: the base model's folder; default: the one that the LoRA names.
-        precision: bf16-true or 32-true, what the merged weights are saved in.
+        lora_path: Folder of the LoRA, ours or PEFT's.
+        out_dir: Output folder; must not exist.
+        checkpoint_dir: Folder of the base model; default: the one that the LoRA names.
+        precision: Dtype of the merged weights.
     """
-    check_new_folder(out_dir)
-    if (lora_path / "adapter").is_dir():
-        raise UserError(f"{lora_path}: was trained with an adapter, which cannot be merged")
-    base = checkpoint_dir or base_folder(lora_path)
+    require_empty_dir(out_dir)
+    base = checkpoint_dir or resolve_model_dir(lora_path)
     model = load_model(base, dtype=inference_dtype(precision))
-    load_lora(model, lora_path)
-    merge_lora(model)
+    load_method(model, lora_path)  # merges whatever can be merged
+    if len(list(model.parameters())) > len(base_parameters(model)):
+        raise UserError(f"{lora_path}: was trained with an adapter, which cannot be merged")
     template = training_template(lora_path) or ""
-    save_checkpoint(out_dir, model.config, model.named_parameters(), tokenizer_files(base), template)
+    tensors = model.named_parameters()
+    save_model_folder(out_dir, model.config, tensors, tokenizer_files(base), template)
     print(f"merged model in {out_dir}")
 
 

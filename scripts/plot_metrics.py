@@ -1,13 +1,12 @@
-"""Draw the metrics of finetuning runs into one picture, PNG and SVG. Guide: howto/logs.md"""
+"""Plot the metrics of finetuning runs as PNG and SVG. Guide: howto/logs.md"""
 
 from pathlib import Path
 
-from lit_llama.cli import run
-from lit_llama.plots import plot_metrics
+from lit_llama.runtime.cli import run
 
 
 def main(runs: list[Path], out: Path = Path("metrics.png")) -> None:
-    """Draw losses, learning rate, gradient norm and speed of finetuning runs, over each other, as PNG and SVG.
+    """Plot loss, learning rate, gradient norm and speed of finetuning runs as PNG and SVG.
 
     Guide: howto/logs.md
 
@@ -15,9 +14,12 @@ def main(runs: list[Path], out: Path = Path("metrics.png")) -> None:
         python scripts/plot_metrics.py out/lora/alpaca out/full/alpaca --out compared.png
 
     Args:
-        runs: the runs' folders, which hold metrics.csv.
-        out: where the picture goes; the other kind is put beside it, a picture that is there is replaced.
+        runs: Run directories with a metrics.csv.
+        out: Output file; .png and .svg take the place of its suffix. Existing files are replaced.
     """
+    # imported after the flags are read, so that --help is fast
+    from lit_llama.runtime.plots import plot_metrics
+
     print("picture in", *plot_metrics(runs, out))
 
 

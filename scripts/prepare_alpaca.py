@@ -1,11 +1,12 @@
-"""Prepare an Alpaca-format set for finetuning. Guide: howto/prepare_data.md"""
+"""Prepare an Alpaca-format dataset for finetuning. Guide: howto/prepare_data.md"""
 
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from prepare_json import PrepareArgs, fetch, prepare, read_records
 
-from lit_llama.cli import run
 from lit_llama.errors import UserError
+from lit_llama.runtime.cli import run
 
 URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
 NUM_RECORDS = 51_759
@@ -15,29 +16,34 @@ def main(
     source: Path | None = None,
     checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
     data_dir: Path = Path("data/alpaca"),
-    val_size: int = 2000,
-    max_seq_length: int = 512,
+    val_size: NonNegativeInt = 2000,
+    max_seq_length: PositiveInt = 512,
     template: str = "alpaca",
     mask_prompt: bool = True,
     seed: int = 42,
 ) -> None:
-    """Prepare an Alpaca-format set for finetuning. Guide: howto/prepare_data.md
+    """Prepare an Alpaca-format dataset for finetuning. Guide: howto/prepare_data.md
 
     Args:
-        source: JSON file of instruction, input, output; default: download the cleaned Alpaca set (51,759 records).
-        checkpoint_dir: the model folder whose tokenizer is used.
-        data_dir: where the prepared set goes.
-        val_size: records held out for validation.
-        max_seq_length: longest sample in tokens; longer ones are cut.
+        source: JSON of instruction, input, output; default: download cleaned Alpaca (51,759).
+        checkpoint_dir: Model folder whose tokenizer is used.
+        data_dir: Output folder for the tokenized dataset.
+        val_size: Number of records held out for validation.
+        max_seq_length: Longest sample in tokens; longer ones are truncated.
         template: alpaca, chatml, llama3, chat (the model folder's own) or none.
-        mask_prompt: learn the response only; false: learn the prompt as well.
-        seed: of the split into training and validation records.
+        mask_prompt: Learn the response only; false: the prompt, too.
+        seed: Seed of the split into training and validation records.
     """
-    args = PrepareArgs(checkpoint_dir, data_dir, val_size, max_seq_length, template, mask_prompt, seed)
-    path = source or fetch(URL, data_dir.resolve().with_name("downloads") / "alpaca_data_cleaned_archive.json")
+    args = PrepareArgs(
+        checkpoint_dir, data_dir, val_size, max_seq_length, template, mask_prompt, seed
+    )
+    path = source or fetch(
+        URL, data_dir.resolve().with_name("downloads") / "alpaca_data_cleaned_archive.json"
+    )
     records = read_records(path)
     if source is None and len(records) != NUM_RECORDS:
-        raise UserError(f"{path}: holds {len(records)} records instead of {NUM_RECORDS}. Delete it and run this again")
+        problem = f"holds {len(records)} records instead of {NUM_RECORDS}"
+        raise UserError(f"{path}: {problem}. Delete it and run this again")
     prepare(records, path, args)
 
 
