@@ -1,7 +1,7 @@
-"""What the benchmarks share: contenders in processes of their own, in alternation; the machine's limits; the results.
+"""What the benchmarks share: processes in alternation, the machine's limits, the results.
 
-A result is a JSON file in benchmarks/results, with the raw figures, from which `python benchmarks/report.py` makes
-RESULTS.md.
+A result is a JSON file in benchmarks/results, with the raw figures. `python benchmarks/report.py`
+makes RESULTS.md from them.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lit_llama import UserError
-from lit_llama.generation import default_device
+from lit_llama.runtime.devices import default_device
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -28,7 +28,7 @@ Figures = dict[str, list[dict[str, float]]]  # contender -> what it measured in 
 
 
 def call(script: str, *flags: object) -> str:
-    """Run a script of the project and return what it printed. Raises UserError where it fails."""
+    """Run a script of the project and return its output. Raises UserError if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -37,7 +37,7 @@ def call(script: str, *flags: object) -> str:
 
 
 def alternate(names: Iterable[str], rounds: int, measure: Callable[[str], str]) -> Figures:
-    """Let each contender print its figures as JSON, one after the other, as often as `rounds` says."""
+    """Let each contender print its figures as JSON, in alternation, `rounds` times."""
     figures: Figures = {}
     for number in range(rounds):
         for name in names:
@@ -51,21 +51,23 @@ def median(figures: Figures, name: str, key: str) -> float:
 
 
 def ratios(figures: Figures, key: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each pair of contenders that both ran."""
-    return [
-        f"{one}: {median(figures, one, key) / median(figures, two, key):.2f} times the {key.replace('_', ' ')} of {two}"
-        for one, two in pairs
-        if one in figures and two in figures
-    ]
+    """Compare each pair of contenders that both ran, in a line."""
+    lines = []
+    for one, two in pairs:
+        if one in figures and two in figures:
+            ratio = median(figures, one, key) / median(figures, two, key)
+            lines.append(f"{one}: {ratio:.2f} times the {key.replace('_', ' ')} of {two}")
+    return lines
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def chosen(contenders: tuple[str, ...], known: dict[str, str]) -> tuple[str, ...]:
-    """The contenders asked for, by default all whose package (the dict's value) is there. Raises UserError."""
+    """Return the contenders that are required, by default all whose package is installed."""
     installed = {"lit_llama", *(d.metadata["Name"] for d in importlib.metadata.distributions())}
     names = contenders or tuple(name for name, package in known.items() if package in installed)
     for name in names:
@@ -76,8 +78,10 @@ def chosen(contenders: tuple[str, ...], known: dict[str, str]) -> tuple[str, ...
     return names
 
 
-def save(name: str, title: str, setting: str, table: str, notes: list[str], figures: object) -> None:
-    """Print the table, and write it with what its reader needs to benchmarks/results/NAME-cpu.json or -cuda.json."""
+def save(
+    name: str, title: str, setting: str, table: str, notes: list[str], figures: object
+) -> None:
+    """Print the table, and write it to benchmarks/results/NAME-cpu.json or -cuda.json."""
     on_gpu = default_device().type == "cuda"
     cores = f"{len(os.sched_getaffinity(0))} cores of a shared {platform.machine()} machine"
     versions = {}
@@ -86,9 +90,10 @@ def save(name: str, title: str, setting: str, table: str, notes: list[str], figu
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
     result = {
         "title": title,
-        "command": shlex.join(["python", *(Path(word).name if os.path.isabs(word) else word for word in sys.argv)]),
+        "command": shlex.join(["python", *words]),
         "setting": setting,
         "device": torch.cuda.get_device_name() if on_gpu else cores,
         "date": str(datetime.date.today()),
@@ -109,7 +114,7 @@ def synchronize() -> None:
 
 
 def best_seconds(work: Callable[[], object], times: int = 10) -> float:
-    """The shortest of several runs."""
+    """Return the time of the shortest of several runs."""
     best = float("inf")
     for _ in range(times):
         synchronize()
@@ -121,13 +126,15 @@ def best_seconds(work: Callable[[], object], times: int = 10) -> float:
 
 
 def matmul_flops() -> float:
-    """FLOP/s of a large bf16 matmul on the device there is."""
-    size = 8192 if default_device().type == "cuda" else 2048
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=default_device()) for _ in range(2))
+    """Measure the FLOP/s of a large bf16 matmul."""
+    device = default_device()
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
     return 2 * size**3 / best_seconds(lambda: torch.mm(a, b))
 
 
 def bandwidth() -> float:
-    """Bytes a second that a sum over a large tensor reads."""
-    data = torch.ones(2**26 if default_device().type == "cpu" else 2**30, device=default_device())
+    """Measure the bytes per second that a sum over a large tensor reads."""
+    device = default_device()
+    data = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device)
     return data.nbytes / best_seconds(data.sum)

@@ -1,4 +1,4 @@
-"""What each flag of finetune/*.py costs and buys: tokens/s and peak memory, beside scripts/estimate_memory.py.
+"""What each flag of finetune/*.py costs: tokens/s and peak memory, measured and estimated.
 
 `make bench` runs it.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common import ROOT, call, save, table
 
-from lit_llama.cli import run
-from lit_llama.generation import default_device
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device
 
 RUNS = (
     "lora",
@@ -42,11 +42,11 @@ def main(
     """Measure the finetuning scripts, each run in a process of its own.
 
     Args:
-        checkpoint_dir: the model folder.
+        checkpoint_dir: Model folder.
         source: JSON records of instruction, input and output.
-        steps: of each run; the first one is not counted.
-        batch_size: samples a step.
-        runs: scripts with flags, as a list.
+        steps: Steps of each run; the first one is not counted.
+        batch_size: Samples per step.
+        runs: Scripts with flags, as a list.
     """
     rows, figures = [], {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,28 +55,37 @@ def main(
         for number, line in enumerate(runs):
             method, *flags = line.split()
             folder = Path(temporary) / str(number)
-            recipe = ["--train.max_steps", steps, "--train.batch_size", batch_size, "--out_dir", folder]
-            call(f"finetune/{method}.py", *data, *recipe, *flags)
+            recipe = ["--train.max_steps", steps, "--train.batch_size", batch_size]
+            call(f"finetune/{method}.py", *data, *recipe, "--out_dir", folder, *flags)
             with (folder / "metrics.csv").open(newline="") as file:
                 counted = list(csv.DictReader(file))[1:]
-            tokens = sum(int(row["tokens"]) for row in counted)
-            speed = tokens / sum(int(row["tokens"]) / float(row["tokens_per_second"]) for row in counted)
+            numbers = [int(row["tokens"]) for row in counted]
+            speeds = [float(row["tokens_per_second"]) for row in counted]
+            tokens = sum(numbers)
+            seconds = sum(number / each for number, each in zip(numbers, speeds, strict=True))
+            speed = tokens / seconds
             measured = int(counted[-1]["peak_memory_bytes"])
-            expected = estimate(checkpoint_dir, method, flags, tokens // (len(counted) * batch_size))
-            figures[line] = {"tokens_per_second": speed, "peak_memory_bytes": measured, "estimated_bytes": expected}
+            sample_tokens = tokens // (len(counted) * batch_size)
+            expected = estimate(checkpoint_dir, method, flags, sample_tokens)
+            figures[line] = dict(tokens_per_second=speed, peak_memory_bytes=measured)
+            figures[line]["estimated_bytes"] = expected
             print(f"{line}: {figures[line]}", flush=True)
-            memory = [f"{measured / 1e9:.2f} GB", f"{expected / 1e9:.2f} GB", f"{expected / measured - 1:+.0%}"]
-            rows.append([f"`{line}`", f"{speed:,.0f}", *memory])
+            memory = [f"{measured / 1e9:.2f} GB", f"{expected / 1e9:.2f} GB"]
+            rows.append([f"`{line}`", f"{speed:,.0f}", *memory, f"{expected / measured - 1:+.0%}"])
     header = ["run", "tokens/s", "peak memory", "estimated", "off by"]
-    setting = f"{checkpoint_dir.name}, {batch_size} samples a step, {steps - 1} steps of each run counted."
+    setting = f"{checkpoint_dir.name}, {batch_size} samples a step, "
+    setting += f"{steps - 1} steps of each run counted."
     save("flags", "What the flags cost and buy", setting, table(header, rows), [], figures)
 
 
 def estimate(checkpoint_dir: Path, method: str, flags: list[str], sample_tokens: int) -> float:
-    """Bytes by scripts/estimate_memory.py, which takes the flags that matter under the same names."""
-    same = [] if "--train.fast_paths" in flags else [flag.replace("--train.", "--") for flag in flags]
-    where = ["--model", checkpoint_dir, "--device", default_device().type, "--sample_tokens", sample_tokens]
-    printed = call("scripts/estimate_memory.py", "--method", method, *where, *same)
+    """Return the bytes by scripts/estimate_memory.py, which has the same names of flags."""
+    same = [flag.replace("--train.", "--") for flag in flags]
+    if "--fast_paths" in same:  # the estimate is always with fast paths
+        same = []
+    model = ["--model", checkpoint_dir, "--method", method]
+    model += ["--device", default_device().type, "--sample_tokens", sample_tokens]
+    printed = call("scripts/estimate_memory.py", *model, *same)
     return float(re.search(r"total +([\d.]+) GB", printed)[1]) * 1e9
 
 

@@ -1,13 +1,12 @@
-"""Decoding speed and memory of this project beside its peers: the same model and prompt, greedy, in alternation.
+"""Decoding speed and memory of this project and its peers: same model and prompt, greedy.
 
     make bench
 
-Each contender runs in a process of its own, once a round. Tokens a second are those after the first, of all prompts
-together.
+Each contender runs in a process of its own, in alternation, once a round. Tokens per second are
+those after the first, of all prompts together.
 """
 
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,14 @@ import torch
 from common import alternate, bandwidth, call, chosen, median, ratios, save, table
 
 from lit_llama import LLaMAConfig, UserError, load_model
-from lit_llama.checkpoint import empty_model
-from lit_llama.cli import run
-from lit_llama.decoding import prepare
-from lit_llama.distributed import peak_memory_bytes
-from lit_llama.generation import Sampling, default_device, stream
+from lit_llama.fast.decoding import optimize_for_inference
+from lit_llama.generation import Sampling, stream
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device, peak_memory_bytes
+from lit_llama.storage.model_folder import empty_model
+
+# prompts (rows, seq) and the number of tokens to add to each -> the time of each step
+Decode = Callable[[torch.Tensor, int], list[float]]
 
 
 def main(
@@ -30,14 +32,14 @@ def main(
     contenders: tuple[str, ...] = (),
     worker: str = "",
 ) -> None:
-    """Measure decoding beside transformers and litgpt, bf16, from a prompt of 100 tokens unless the name says another.
+    """Measure decoding in bf16 from a prompt of 100 tokens, and that of transformers and litgpt.
 
     Args:
-        checkpoint_dir: the model folder.
-        rounds: how often each contender runs.
-        new_tokens: how many tokens are decoded.
-        contenders: names of those to run, as a list; default: all that are installed.
-        worker: run this contender once; what the script calls itself with.
+        checkpoint_dir: Model folder.
+        rounds: Runs of each contender.
+        new_tokens: Number of tokens to decode.
+        contenders: Names of those to run, as a list; default: all that are installed.
+        worker: Run this contender once; the script calls itself with it.
     """
     if worker:
         print(json.dumps(measure(worker, checkpoint_dir, new_tokens)))
@@ -47,22 +49,30 @@ def main(
         known = {name: package for name, package in known.items() if "compiled" not in name}
     names, speed_limit = chosen(contenders, known), bandwidth()
     flags = ["--checkpoint_dir", checkpoint_dir, "--new_tokens", new_tokens]
-    figures = alternate(names, rounds, lambda name: call("benchmarks/generate.py", "--worker", name, *flags))
+
+    def call_worker(name: str) -> str:
+        return call("benchmarks/generate.py", "--worker", name, *flags)
+
+    figures = alternate(names, rounds, call_worker)
     size = sum(p.numel() for p in empty_model(checkpoint_dir, torch.bfloat16).parameters()) * 2
     rows = []
     for name in figures:
-        speed, memory = median(figures, name, "tokens_per_second"), median(figures, name, "peak_memory_bytes")
-        first, share = median(figures, name, "first_token_seconds"), f"{speed * size / speed_limit:.0%}"
-        share = share if "bf16" in name and "prompts" not in name else ""
-        rows.append([name, f"{speed:.1f}", share, f"{first * 1000:.0f} ms", f"{memory / 1e9:.2f} GB"])
+        speed = median(figures, name, "tokens_per_second")
+        memory = f"{median(figures, name, 'peak_memory_bytes') / 1e9:.2f} GB"
+        first = f"{median(figures, name, 'first_token_seconds') * 1000:.0f} ms"
+        share = ""
+        if "bf16" in name and "prompts" not in name:
+            share = f"{speed * size / speed_limit:.0%}"
+        rows.append([name, f"{speed:.1f}", share, first, memory])
     ours, theirs = "lit-llama bf16", "transformers bf16"
     pairs = [(f"lit-llama {kind}", theirs) for kind in ("bf16", "int8", "int4")]
-    notes = [
-        *ratios(figures, "tokens_per_second", [*pairs, (ours, "litgpt bf16"), (EIGHT, ours), (ours, LONG)]),
-        f"memory bandwidth: {speed_limit / 1e9:.0f} GB/s measured; the share is of bandwidth / bytes of bf16 weights",
-    ]
+    pairs += [(ours, "litgpt bf16"), (EIGHT, ours), (ours, LONG)]
+    notes = ratios(figures, "tokens_per_second", pairs)
+    measured = f"memory bandwidth: {speed_limit / 1e9:.0f} GB/s measured"
+    notes.append(f"{measured}; the share is of bandwidth / bytes of bf16 weights")
     header = ["contender", "tokens/s", "of the bandwidth limit", "first token", "peak memory"]
-    setting = f"{checkpoint_dir.name}, {new_tokens} tokens greedily from a prompt of 100, {rounds} rounds."
+    setting = f"{checkpoint_dir.name}, {new_tokens} tokens greedily from a prompt of 100, "
+    setting += f"{rounds} rounds."
     save("generate", "Decoding beside peers", setting, table(header, rows), notes, figures)
 
 
@@ -71,31 +81,28 @@ def measure(name: str, checkpoint_dir: Path, new_tokens: int) -> dict[str, float
     rows = 8 if name == EIGHT else 1
     length = next((size for size in (1900, 1000) if f"{size} tokens" in name), 100)
     vocab_size = LLaMAConfig.from_checkpoint(checkpoint_dir).vocab_size
-    prompts = torch.randint(3, vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, vocab_size, (rows, length), generator=generator)
     decode = CONTENDERS[name][1](checkpoint_dir)
     decode(prompts, new_tokens if "compiled" in name else 8)
     started = time.perf_counter()
     times = decode(prompts, new_tokens)
-    speed, first = rows * (len(times) - 1) / (times[-1] - times[0]), times[0] - started
-    device = default_device()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = peak_memory_bytes(device) if device.type == "cuda" else memory
-    return {"tokens_per_second": speed, "first_token_seconds": first, "peak_memory_bytes": memory}
-
-
-Decode = Callable[[torch.Tensor, int], list[float]]
-"""Prompts (rows, seq) and how many tokens to add to each -> when each step's had come."""
+    speed = rows * (len(times) - 1) / (times[-1] - times[0])
+    figures = {"tokens_per_second": speed, "first_token_seconds": times[0] - started}
+    return figures | {"peak_memory_bytes": peak_memory_bytes(default_device())}
 
 
 def ours(quantize: str | None = None, compile: bool = False) -> Callable[[Path], Decode]:
-    """This project, as generate/base.py decodes."""
+    """Decode with this project, as generate/base.py does."""
 
     def load(checkpoint_dir: Path) -> Decode:
-        model = load_model(checkpoint_dir, torch.device("cpu") if quantize else default_device())
-        prepare(model, default_device(), quantize, compile=compile)
+        device = default_device()
+        model = load_model(checkpoint_dir, torch.device("cpu") if quantize else device)
+        optimize_for_inference(model, device, quantize, compile=compile)
 
         def decode(prompts: torch.Tensor, new: int) -> list[float]:
-            return [time.perf_counter() for _ in stream(model, list(prompts), Sampling(new, 0.0), compile=compile)]
+            tokens = stream(model, list(prompts), Sampling(new, temperature=0.0))
+            return [time.perf_counter() for _ in tokens]
 
         return decode
 
@@ -103,11 +110,12 @@ def ours(quantize: str | None = None, compile: bool = False) -> Callable[[Path],
 
 
 def transformers(checkpoint_dir: Path) -> Decode:
-    """Hugging Face's `generate`."""
+    """Decode with Hugging Face's `generate`."""
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16).to(default_device())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16)
+    model = model.to(default_device())
 
     class Times(list, BaseStreamer):
         def put(self, value: torch.Tensor) -> None:  # the prompt, then each token
@@ -118,32 +126,32 @@ def transformers(checkpoint_dir: Path) -> Decode:
 
     def decode(prompts: torch.Tensor, new: int) -> list[float]:
         ids, times = prompts.to(default_device()), Times()
-        length = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, streamer=times, **length)
+        options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=False)
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **options)
         return times[1:]
 
     return decode
 
 
 def litgpt(checkpoint_dir: Path) -> Decode:
-    """LitGPT's `generate_fn`, bf16, random weights of the same shape."""
+    """Decode with LitGPT's `generate_fn` in bf16, with random weights of the same shape."""
     from litgpt.config import configs
     from litgpt.generate.base import generate_fn
     from litgpt.model import GPT, Config
 
     known = {config["hf_config"]["name"]: config["name"] for config in configs}
-    if checkpoint_dir.name not in known:
-        raise UserError(f"{checkpoint_dir}: litgpt has no configuration called {checkpoint_dir.name}")
-    model = GPT(Config.from_name(known[checkpoint_dir.name])).to(default_device(), torch.bfloat16).eval()
+    name = checkpoint_dir.name
+    if name not in known:
+        raise UserError(f"{checkpoint_dir}: litgpt has no configuration called {name}")
+    model = GPT(Config.from_name(known[name])).to(default_device(), torch.bfloat16).eval()
 
     def decode(prompts: torch.Tensor, new: int) -> list[float]:
         (ids,) = prompts.to(default_device())
         with torch.inference_mode():
             model.max_seq_length = len(ids) + new
             model.set_kv_cache(batch_size=1, device=ids.device, dtype=torch.bfloat16)
-            tokens = generate_fn(
-                model, ids, max_returned_tokens=len(ids) + new, temperature=0.0, include_prompt=False, include_eos=False
-            )
+            options = dict(temperature=0.0, include_prompt=False, include_eos=False)
+            tokens = generate_fn(model, ids, max_returned_tokens=len(ids) + new, **options)
             times = [time.perf_counter() for _ in tokens]
             model.clear_kv_cache()
         return times
@@ -152,6 +160,7 @@ def litgpt(checkpoint_dir: Path) -> Decode:
 
 
 EIGHT, LONG = "lit-llama bf16, 8 prompts", "lit-llama bf16, prompt of 1900 tokens"
+# name: the package that it needs, and what loads it. The compiled ones run on a GPU only
 CONTENDERS: dict[str, tuple[str, Callable[[Path], Decode]]] = {
     "transformers bf16": ("transformers", transformers),
     "litgpt bf16": ("litgpt", litgpt),
@@ -165,8 +174,6 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path], Decode]]] = {
     "lit-llama int8 compiled": ("lit_llama", ours("int8", compile=True)),
     "lit-llama int4 compiled": ("lit_llama", ours("int4", compile=True)),
 }
-"""Name: the package that it needs, and what loads it. The compiled ones run on a GPU only."""
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,10 +1,9 @@
-"""How long a model takes from its folder to its first logits, beside transformers.
+"""How long a model takes from its folder to its first logits, also in transformers.
 
 `make bench` runs it.
 """
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -13,10 +12,9 @@ import torch
 from common import alternate, call, chosen, median, ratios, save, synchronize, table
 
 from lit_llama import load_model
-from lit_llama.cli import run
-from lit_llama.distributed import peak_memory_bytes
-from lit_llama.generation import default_device
 from lit_llama.lora import LoRAConfig, apply_lora, load_lora, merge_lora, save_lora
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device, peak_memory_bytes
 
 CONTENDERS = {
     "lit-llama": "lit_llama",
@@ -35,10 +33,10 @@ def main(
     """Measure loading in bf16, with and without a LoRA on all linear layers that is merged.
 
     Args:
-        checkpoint_dir: the model folder.
-        rounds: how often each contender runs.
-        worker: run this contender once; what the script calls itself with.
-        lora_path: the LoRA of a worker.
+        checkpoint_dir: Model folder.
+        rounds: Runs of each contender.
+        worker: Run this contender once; the script calls itself with it.
+        lora_path: LoRA of a worker.
     """
     if worker:
         print(json.dumps(measure(worker, checkpoint_dir, lora_path)))
@@ -49,16 +47,22 @@ def main(
         save_lora(dict(model.named_parameters()), folder, config, str(checkpoint_dir))
         del model
         flags = ["--checkpoint_dir", checkpoint_dir, "--lora_path", folder]
-        names = chosen((), CONTENDERS)
-        figures = alternate(names, rounds, lambda name: call("benchmarks/load.py", "--worker", name, *flags))
+
+        def call_worker(name: str) -> str:
+            return call("benchmarks/load.py", "--worker", name, *flags)
+
+        figures = alternate(chosen((), CONTENDERS), rounds, call_worker)
     rows = []
     for name in figures:
-        seconds, memory = median(figures, name, "seconds"), median(figures, name, "peak_memory_bytes")
+        seconds = median(figures, name, "seconds")
+        memory = median(figures, name, "peak_memory_bytes")
         rows.append([name, f"{seconds:.2f} s", f"{memory / 1e9:.2f} GB"])
-    pairs = [("lit-llama", "transformers"), ("lit-llama, a LoRA merged", "transformers, a LoRA merged")]
+    pairs = [(f"lit-llama{kind}", f"transformers{kind}") for kind in ("", ", a LoRA merged")]
     notes = ratios(figures, "seconds", pairs) + ratios(figures, "peak_memory_bytes", pairs)
-    setting = f"{checkpoint_dir.name} in bf16, to the logits of one token; files were in the page cache, imports done."
-    save("load", "Loading", setting, table(["contender", "seconds", "peak memory"], rows), notes, figures)
+    setting = f"{checkpoint_dir.name} in bf16, to the logits of one token; "
+    setting += "files were in the page cache, imports done."
+    header = ["contender", "seconds", "peak memory"]
+    save("load", "Loading", setting, table(header, rows), notes, figures)
 
 
 def measure(name: str, checkpoint_dir: Path, lora_path: Path) -> dict[str, float]:
@@ -75,14 +79,14 @@ def measure(name: str, checkpoint_dir: Path, lora_path: Path) -> dict[str, float
                 load_lora(model, lora_path)
                 merge_lora(model)
         else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16).to(device)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16)
+            model = model.to(device)
             if "LoRA" in name:
                 model = PeftModel.from_pretrained(model, lora_path).merge_and_unload()
         model(token)
     synchronize()
     seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(device) if device.type == "cuda" else memory}
+    return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
 if __name__ == "__main__":

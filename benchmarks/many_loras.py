@@ -1,4 +1,4 @@
-"""What it costs to hold 1, 8 or 32 LoRAs on one base, and to use different ones in one batch.
+"""What 1, 8 or 32 LoRAs on one base cost, in memory and in use by one batch.
 
 `make bench` runs it.
 """
@@ -12,12 +12,12 @@ import torch
 from common import alternate, call, median, ratios, save, synchronize, table
 
 from lit_llama import load_model
-from lit_llama.cli import run
-from lit_llama.decoding import prepare
-from lit_llama.distributed import peak_memory_bytes
-from lit_llama.generation import Sampling, default_device, stream
+from lit_llama.fast.decoding import optimize_for_inference
+from lit_llama.generation import Sampling, stream
 from lit_llama.lora import LoRAConfig, apply_lora, load_lora, merge_lora, save_lora
-from lit_llama.many_loras import add_lora, choose_loras, hold_loras
+from lit_llama.multi_lora import enable_multi_lora, load_adapter, set_adapters
+from lit_llama.runtime.cli import run
+from lit_llama.runtime.devices import default_device, peak_memory_bytes
 
 CONTENDERS = {  # name -> LoRAs in memory, those in use, rows of the batch
     "no LoRA": (0, 0, 8),
@@ -40,10 +40,10 @@ def main(
     """Measure decoding in bf16 with LoRAs of rank 8 on all linear layers.
 
     Args:
-        checkpoint_dir: the model folder.
-        rounds: how often each contender runs.
-        worker: run this contender once; what the script calls itself with.
-        lora_dir: the folder of a worker's LoRAs.
+        checkpoint_dir: Model folder.
+        rounds: Runs of each contender.
+        worker: Run this contender once; the script calls itself with it.
+        lora_dir: Folder of a worker's LoRAs.
     """
     if worker:
         print(json.dumps(measure(worker, checkpoint_dir, lora_dir)))
@@ -51,19 +51,26 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model, config = load_model(checkpoint_dir), LoRAConfig(targets=("all-linear",))
         apply_lora(model, config)
+        trained = {name: p for name, p in model.named_parameters() if ".lora_" in name}
         for number in range(max(held for held, _, _ in CONTENDERS.values())):
-            tensors = {name: torch.randn_like(p) * 0.01 for name, p in model.named_parameters() if ".lora_" in name}
+            tensors = {name: torch.randn_like(p) * 0.01 for name, p in trained.items()}
             save_lora(tensors, f"{folder}/{number}", config, str(checkpoint_dir))
-        del model
+        del model, trained
         flags = ["--checkpoint_dir", checkpoint_dir, "--lora_dir", folder]
-        figures = alternate(CONTENDERS, rounds, lambda name: call("benchmarks/many_loras.py", "--worker", name, *flags))
+
+        def call_worker(name: str) -> str:
+            return call("benchmarks/many_loras.py", "--worker", name, *flags)
+
+        figures = alternate(CONTENDERS, rounds, call_worker)
     rows = []
     for name in figures:
-        speed, first, memory, adding = (
-            median(figures, name, key) for key in ("tokens_per_second", "first_token", "peak_memory_bytes", "adding")
-        )
-        added = f"{adding * 1e3:.0f} ms" if "LoRA for" in name or "LoRAs" in name else ""
-        rows.append([name, f"{speed:.1f}", f"{first * 1e3:.0f} ms", f"{memory / 1e9:.2f} GB", added])
+        speed = f"{median(figures, name, 'tokens_per_second'):.1f}"
+        first = f"{median(figures, name, 'first_token') * 1e3:.0f} ms"
+        memory = f"{median(figures, name, 'peak_memory_bytes') / 1e9:.2f} GB"
+        added = ""
+        if "LoRA for" in name or "LoRAs" in name:
+            added = f"{median(figures, name, 'adding') * 1e3:.0f} ms"
+        rows.append([name, speed, first, memory, added])
     pairs = [
         ("8 LoRAs for 8 rows", "1 LoRA for 8 rows"),
         ("32 LoRAs, 8 of them for 8 rows", "1 LoRA for 8 rows"),
@@ -71,10 +78,9 @@ def main(
         ("1 LoRA for 8 rows", "1 LoRA, merged"),
     ]
     notes = ratios(figures, "seconds", pairs) + ratios(figures, "peak_memory_bytes", pairs[:3])
-    setting = (
-        f"{checkpoint_dir.name} in bf16, LoRAs of rank 8 on all linear layers, {NEW_TOKENS} tokens greedily from a "
-        f"prompt of {PROMPT_TOKENS} in each row, {rounds} rounds; seconds are those of the whole answer."
-    )
+    setting = f"{checkpoint_dir.name} in bf16, LoRAs of rank 8 on all linear layers, "
+    setting += f"{NEW_TOKENS} tokens greedily from a prompt of {PROMPT_TOKENS} in each row, "
+    setting += f"{rounds} rounds; seconds are those of the whole answer."
     header = ["contender", "tokens/s", "first tokens", "peak memory", "adding one"]
     save("many_loras", "Many LoRAs on one base", setting, table(header, rows), notes, figures)
 
@@ -86,16 +92,16 @@ def measure(name: str, checkpoint_dir: Path, lora_dir: Path) -> dict[str, float]
         load_lora(model, lora_dir / "0")
         merge_lora(model)
     elif held:
-        hold_loras(model)
+        enable_multi_lora(model)
         started = time.perf_counter()
         for number in range(held):
-            add_lora(model, str(number), lora_dir / str(number))
+            load_adapter(model, str(number), lora_dir / str(number))
         adding = (time.perf_counter() - started) / held
-    prepare(model, device)
+    optimize_for_inference(model, device)
     if used:
-        choose_loras(model, [str(row % used) for row in range(rows)])
+        set_adapters(model, [str(row % used) for row in range(rows)])
     prompts = list(torch.randint(100, model.config.vocab_size, (rows, PROMPT_TOKENS)))
-    for _ in stream(model, prompts, Sampling(3, temperature=0)):  # kernels are made, pages read
+    for _ in stream(model, prompts, Sampling(3, temperature=0)):  # makes kernels, reads pages
         pass
     synchronize()
     started, times = time.perf_counter(), []

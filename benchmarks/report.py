@@ -1,11 +1,11 @@
-"""benchmarks/RESULTS.md from the files in benchmarks/results:  python benchmarks/report.py"""
+"""Write benchmarks/RESULTS.md from benchmarks/results:  python benchmarks/report.py"""
 
 import json
 from pathlib import Path
 
 from common import RESULTS, ROOT
 
-from lit_llama.cli import run
+from lit_llama.runtime.cli import run
 
 SECTIONS = {
     "finetune": "Finetuning beside peers",
@@ -16,20 +16,23 @@ SECTIONS = {
     "many_loras": "Many LoRAs on one base",
     "rank": "What the rank of a LoRA buys",
 }
-HEAD = """# Results
-
-Written by `python benchmarks/report.py` from benchmarks/results, which the benchmarks fill: `make bench` on a CPU,
-`make bench-gpu` on a GPU. Contenders run in processes of their own, in alternation; the tables hold medians. The
-CPU was shared, so ratios within a table are what counts there; absolute figures come from a GPU and carry its name.
-"""
+HEAD = (
+    "# Results\n\n"
+    "Written by `python benchmarks/report.py` from benchmarks/results, which `make bench` "
+    "fills. Contenders run in\n"
+    "processes of their own, in alternation; the tables hold medians. The CPU was shared, "
+    "so ratios within a table are\n"
+    "what counts. On a GPU, `make bench-gpu` prints its figures and adds them to "
+    "benchmarks/results/gpu-*.jsonl.\n"
+)
 
 
 def main(results: Path = RESULTS, out: Path = ROOT / "benchmarks/RESULTS.md") -> None:
     """Write RESULTS.md.
 
     Args:
-        results: the folder of JSON files.
-        out: the file to write.
+        results: Folder of JSON files.
+        out: Output file.
     """
     parts = [HEAD]
     for name, title in SECTIONS.items():
@@ -43,10 +46,14 @@ def main(results: Path = RESULTS, out: Path = ROOT / "benchmarks/RESULTS.md") ->
 
 
 def section(result: dict, place: str) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    """Return the part of a result."""
+    versions = [f"{package} {version}" for package, version in result["versions"].items()]
+    about = f"{result['setting']} {result['device']}; {', '.join(versions)}; {result['date']}."
     lines = [f"## {result['title']}, {place}", "", f"    {result['command']}", ""]
-    lines += [f"{result['setting']} {result['device']}; {versions}; {result['date']}.", "", result["table"], ""]
-    return "\n".join(lines + [f"- {note}" for note in result["notes"]] + [""] * bool(result["notes"]))
+    lines += [about, "", result["table"], ""]
+    if result["notes"]:
+        lines += [*(f"- {note}" for note in result["notes"]), ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
