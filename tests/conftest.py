@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # with --numprocesses; else they fight for the cores
+# with --numprocesses; otherwise the processes fight for the cores
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
@@ -20,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]  # as Python does for `python scripts/...`
+# as Python does for `python scripts/...`
+sys.path[:0] = [str(ROOT / name) for name in ("scripts", "generate", "evaluate", "benchmarks")]
 
 
 def load_script(name: str) -> ModuleType:
@@ -51,7 +53,7 @@ def make_hf_model(seed: int = 0, **settings) -> LlamaForCausalLM:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A byte-level BPE `tokenizer.json` with <pad>, <s>, </s>, <|im_start|> and <|im_end|> as special tokens."""
+    """A byte-level BPE `tokenizer.json` with the special tokens of ChatML, <pad>, <s> and </s>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,15 +63,17 @@ def save_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog, and then the other one"] * 8, trainer)
+    sentence = "the quick brown fox jumps over the lazy dog, and then the other one"
+    tokenizer.train_from_iterator([sentence] * 8, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     options = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    options["tokenizer_class"] = "PreTrainedTokenizerFast"  # else transformers 5.0 makes another one of tokenizer.json
+    # else transformers 5.0 makes another one of tokenizer.json
+    options["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
 
 
 def save_sentencepiece(file: Path, sentences: Iterable[str], vocab_size: int) -> None:
-    """A tokenizer.model of LLaMA's kind: BPE, byte fallback, no normalization, a dummy space in front."""
+    """A tokenizer.model like LLaMA's: BPE, byte fallback, no normalization, a leading space."""
     SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_prefix=str(file.with_suffix("")),
@@ -113,7 +117,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty Alpaca records of different lengths."""
     records = [
-        {"instruction": f"Count to {n}.", "input": "from one" if n % 3 else "", "output": " ".join("one two"[: n % 8])}
+        {
+            "instruction": f"Count to {n}.",
+            "input": "from one" if n % 3 else "",
+            "output": " ".join("one two"[: n % 8]),
+        }
         for n in range(60)
     ]
     file = tmp_path_factory.mktemp("source") / "records.json"
@@ -122,8 +130,10 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, records_file: Path) -> Path:
-    """A prepared set for `tiny_checkpoint`: 50 records to train, 10 to validate."""
+def tiny_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, records_file: Path
+) -> Path:
+    """A tokenized dataset for `tiny_checkpoint`: 50 records to train, 10 to validate."""
     prepare_json = load_script("scripts/prepare_json.py")
     folder = tmp_path_factory.mktemp("data") / "tiny"
     prepare_json.main(records_file, tiny_checkpoint, folder, val_size=10, max_seq_length=400)

@@ -1,8 +1,8 @@
-"""Faults against runs, as many as wanted, by hand: python tests/faults.py --kills 60 --full_disks 20 --flips 200
+"""Faults against runs: python tests/faults.py --kills 60 --full_disks 20 --flips 200
 
-Each fault strikes a forked process that has everything imported already. What is left at the end is compared with what
-a run gives that nothing has happened to: `bytes lost` are those of the result and of the metrics that differ. A small
-campaign is part of the suite (test_faults.py); the kills are those of test_resume.py.
+Each fault strikes a forked process that has everything imported already. Afterwards the result is
+compared with that of an undisturbed run: `bytes lost` are the bytes of result and metrics that
+differ. A small campaign is part of the suite (test_faults.py); the kills are in test_resume.py.
 """
 
 import argparse
@@ -26,10 +26,11 @@ import pytest
 import torch
 from conftest import ROOT, load_script, make_hf_model, save_checkpoint_folder, save_tokenizer
 
-from lit_llama import LLaMAConfig, Tokenizer, UserError, cli, load_model
-from lit_llama.checksums import find_damage
-from lit_llama.data import open_prepared
-from lit_llama.run_folder import checkpoints
+from lit_llama import UserError, load_model
+from lit_llama.runtime import cli
+from lit_llama.storage.datasets import load_dataset
+from lit_llama.storage.files import CHECKSUMS, verify_checksums
+from lit_llama.storage.run_folder import checkpoints
 
 torch.set_num_threads(1)  # others would not live on in a forked process
 
@@ -41,7 +42,7 @@ ROW = re.compile(r"(?:[^,\n]*,){6}[^,\n]*")  # metrics.csv without what depends 
 
 
 class Place:
-    """A tiny model, a prepared set for it, and the folders of undisturbed runs."""
+    """A tiny model, a tokenized dataset for it, and the folders of undisturbed runs."""
 
     def __init__(self, root: Path, rng: random.Random) -> None:
         self.root, self.rng, self.number = root, rng, 0
@@ -49,24 +50,25 @@ class Place:
         save_checkpoint_folder(self.checkpoint, num_key_value_heads=2)
         self.prepare = load_script("scripts/prepare_json.py").main
         self.mains = {script: load_script(script).main for script in SCRIPTS}
-        self.records = [{"instruction": f"Count to {n}.", "output": " ".join("one two"[: n % 8])} for n in range(60)]
-        (root / "records.json").write_text(json.dumps(self.records))
-        (root / "others.json").write_text(json.dumps(self.records[:40]))
-        self.forked(self.prepare_set, "records.json", self.data)
+        outputs = [" ".join("one two"[: n % 8]) for n in range(60)]
+        records = [dict(instruction=f"Count to {n}.", output=o) for n, o in enumerate(outputs)]
+        (root / "records.json").write_text(json.dumps(records))
+        self.forked(self.prepare_dataset)
         self.whole = {script: root / Path(script).stem for script in SCRIPTS}
         for script, out in self.whole.items():
             status, printed = self.train(script, out)
             assert status == 0, (status, printed)
 
-    def prepare_set(self, records: str, data: Path) -> None:
-        self.prepare(self.root / records, self.checkpoint, data, val_size=10, max_seq_length=400)
+    def prepare_dataset(self) -> None:
+        sizes = dict(val_size=10, max_seq_length=400)
+        self.prepare(self.root / "records.json", self.checkpoint, self.data, **sizes)
 
     def new_folder(self) -> Path:
         self.number += 1
         return self.root / f"out-{self.number}"
 
     def start(self, work: Callable, *args) -> tuple[int, Path]:
-        """Begin `work(*args)` in a process of its own; its id, and the file that gets what it prints."""
+        """Start `work(*args)` in a process; return its id and the file with its output."""
         self.number += 1
         printed = self.root / f"printed-{self.number}"
         child = os.fork()
@@ -78,7 +80,8 @@ class Place:
             for stream in (1, 2):
                 os.dup2(file, stream)
             os.close(file)  # there may be a limit on files
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+            files = [open(n, "w", buffering=1, closefd=False) for n in (1, 2)]  # noqa: SIM115
+            sys.stdout, sys.stderr = files
             work(*args)
             status = 0
         except SystemExit as ended:
@@ -98,8 +101,9 @@ class Place:
 
     def run(self, script: str, out: Path, *more: str, steps: int = STEPS) -> None:
         """The script's command, in this process."""
-        flags = ["--out_dir", out, "--checkpoint_dir", self.checkpoint, "--data_dir", self.data, *RECIPE.split()]
-        sys.argv = [script, *map(str, flags), "--train.max_steps", str(steps), *more]
+        flags = ["--out_dir", out, "--checkpoint_dir", self.checkpoint, "--data_dir", self.data]
+        flags += [*RECIPE.split(), "--train.max_steps", steps, *more]
+        sys.argv = [script, *map(str, flags)]
         cli.run(self.mains[script])
 
     def train(self, script: str, out: Path, *more: str, **settings) -> tuple[int, str]:
@@ -111,7 +115,10 @@ class Place:
         pairs = [[(folder / weights).read_bytes() for folder in (out, self.whole[script])]]
         metrics = ((folder / "metrics.csv").read_text() for folder in (out, self.whole[script]))
         pairs.append(["\n".join(ROW.findall(text)).encode() for text in metrics])
-        return sum(abs(len(one) - len(two)) + sum(a != b for a, b in zip(one, two, strict=False)) for one, two in pairs)
+        return sum(
+            abs(len(one) - len(two)) + sum(a != b for a, b in zip(one, two, strict=False))
+            for one, two in pairs
+        )
 
 
 def error_line(printed: str) -> str:
@@ -123,9 +130,9 @@ def error_line(printed: str) -> str:
 
 
 def flips(place: Place, number: int) -> tuple[int, int]:
-    """One bit of one byte anywhere in a checkpoint, or its file cut off there, or gone: found, and the file named.
+    """Flip a bit anywhere in a checkpoint, or truncate or remove its file: found and named.
 
-    The last two times for each method a run goes on: with the checkpoint before, to the same end.
+    The last two times for each method a run resumes from the checkpoint before, to the same end.
     """
     lost = 0
     for n in range(number):
@@ -136,22 +143,26 @@ def flips(place: Place, number: int) -> tuple[int, int]:
             shutil.copytree(place.whole[script], out)
         newest, before = reversed(checkpoints(out)[-2:])
         files = sorted(path for path in newest.rglob("*") if path.is_file())
+        files = [path for path in files if path.name != CHECKSUMS]
         file = place.rng.choice(files)
         content = file.read_bytes()
-        where, kind = place.rng.randrange(len(content)), place.rng.choice(["flip"] * 4 + ["cut", "gone"])
+        where, kind = (
+            place.rng.randrange(len(content)),
+            place.rng.choice(["flip"] * 4 + ["cut", "gone"]),
+        )
         if kind == "flip":
             changed = bytes([content[where] ^ 1 << place.rng.randrange(8)])
             file.write_bytes(content[:where] + changed + content[where + 1 :])
-        elif kind == "cut" or file.name == "checksums.txt":  # without it, a folder is that of an earlier version
+        elif kind == "cut":
             file.write_bytes(content[:where])
         else:
             file.unlink()
         name = str(file.relative_to(newest))
-        found = find_damage(newest) or ""
+        found = verify_checksums(newest) or ""
         assert found.startswith(f"{name}: "), (n, kind, name, where, found)
         if not full_run:
             file.write_bytes(content)
-            assert find_damage(newest) is None
+            assert verify_checksums(newest) is None
             continue
         status, printed = place.train(script, out, "--resume")
         assert status == 0, (status, printed)
@@ -159,15 +170,15 @@ def flips(place: Place, number: int) -> tuple[int, int]:
         assert len(said) == 1, printed
         aside = f"{newest.name}.damaged"
         assert said[0].startswith(f"{newest}/{name}: "), said
-        assert said[0].endswith(f"; set aside as {aside}, going on from {before.name}"), said
+        assert said[0].endswith(f"; set aside as {aside}, resuming from {before.name}"), said
         assert (out / aside).is_dir()
-        assert find_damage(newest) is None
+        assert verify_checksums(newest) is None
         lost += place.lost(script, out)
     return number, lost
 
 
 def full_disks(place: Place, number: int) -> tuple[int, int]:
-    """No file may grow over a random size: one line, the checkpoint before is whole, and the run goes on from there."""
+    """Limit file sizes at random: one line, and the run resumes from the checkpoint before."""
     lost = 0
     for n in range(number):
         script = SCRIPTS[n % len(SCRIPTS)]
@@ -199,7 +210,7 @@ def full_disks(place: Place, number: int) -> tuple[int, int]:
         assert status == 1, (limit, status, printed)
         error_line(printed)
         assert [folder.name for folder in checkpoints(out)][:1] == ["step-000001"], printed
-        assert all(find_damage(folder) is None for folder in checkpoints(out))
+        assert all(verify_checksums(folder) is None for folder in checkpoints(out))
         assert not list(out.glob(".*")), list(out.glob(".*"))
         status, printed = place.train(script, out, "--resume")
         assert status == 0, (status, printed)
@@ -208,9 +219,10 @@ def full_disks(place: Place, number: int) -> tuple[int, int]:
 
 
 def small_disks(place: Place, number: int) -> tuple[int, int]:
-    """The same on a real file system that is full, where one may be mounted: sizes from one checkpoint to three."""
+    """The same on a full file system, if one can be mounted, of one to three checkpoints."""
     own_mounts = ["unshare", "--user", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*own_mounts, "mount", "-t", "tmpfs", "x", "/mnt"]).returncode:
+    mounting = [*own_mounts, "mount", "-t", "tmpfs", "x", "/mnt"]
+    if not shutil.which("unshare") or subprocess.run(mounting).returncode:
         return 0, 0
     lost = 0
     for n in range(number):
@@ -219,17 +231,21 @@ def small_disks(place: Place, number: int) -> tuple[int, int]:
         held = sum(path.stat().st_size for path in checkpoints(place.whole[script])[-1].rglob("*"))
         pages = place.rng.randrange(held // 4096, 3 * held // 4096)
         code = (
-            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from pathlib import Path; import faults;"
-            f" faults.on_small_disk({str(place.root)!r}, {script!r}, Path({str(mount)!r}), {pages * 4096}, {held})"
+            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+            f"from pathlib import Path; import faults\n"
+            f"faults.on_small_disk({str(place.root)!r}, {script!r}, Path({str(mount)!r}),"
+            f" {pages * 4096}, {held})"
         )
-        done = subprocess.run([*own_mounts, sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run(
+            [*own_mounts, sys.executable, "-c", code], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         lost += int(done.stdout.split()[-1])
     return number, lost
 
 
 def on_small_disk(root: str, script: str, mount: Path, size: int, held: int) -> None:
-    """A run on a disk of that size until it is full; then the disk grows and the run goes on. Prints the bytes lost."""
+    """Fill a disk of that size, enlarge it, resume, and print the bytes lost."""
     place = Place.__new__(Place)
     place.root, place.number = Path(root), 1000 * os.getpid()
     place.checkpoint, place.data = place.root / "checkpoint", place.root / "data"
@@ -240,7 +256,7 @@ def on_small_disk(root: str, script: str, mount: Path, size: int, held: int) -> 
     status, printed = place.train(script, out)
     assert status == 1, printed
     assert "No space left" in error_line(printed), printed
-    assert all(find_damage(folder) is None for folder in checkpoints(out))
+    assert all(verify_checksums(folder) is None for folder in checkpoints(out))
     assert not list(out.glob(".*"))
     subprocess.run(["mount", "-o", f"remount,size={100 * held}", mount], check=True)
     begun = (out / "config.yaml").is_file()
@@ -250,7 +266,7 @@ def on_small_disk(root: str, script: str, mount: Path, size: int, held: int) -> 
 
 
 def races(place: Place, number: int) -> tuple[int, int]:
-    """Two runs begin at once in one folder, new or not: one of them trains, the other ends with one line."""
+    """Start two runs at once in one folder: one of them trains, the other prints one line."""
     lost = 0
     for n in range(number):
         out, resume = place.new_folder(), ["--resume"] * (n % 3 == 2)
@@ -260,7 +276,9 @@ def races(place: Place, number: int) -> tuple[int, int]:
             assert place.train(SCRIPTS[0], out, steps=1)[0] == 0
         read, write = os.pipe()
 
-        def wait_and_run(out: Path = out, more: list[str] = resume, pipes: tuple[int, int] = (read, write)) -> None:
+        def wait_and_run(
+            out: Path = out, more: list[str] = resume, pipes: tuple[int, int] = (read, write)
+        ) -> None:
             os.close(pipes[1])
             select.select([pipes[0]], [], [])  # until it is closed
             place.run(SCRIPTS[0], out, *more)
@@ -271,7 +289,8 @@ def races(place: Place, number: int) -> tuple[int, int]:
         ended = sorted(place.finish(started) for started in both)
         assert [status for status, _ in ended] == [0, 1], ended
         said = error_line(ended[1][1])
-        late = "is at step 3 of 3, done" if resume else "holds another run"  # where the first has ended already
+        # the first may have ended already
+        late = "is done, at step 3 of 3" if resume else "holds another run"
         assert "another run is using this folder" in said or late in said, said
         assert not list(out.glob(".*"))
         lost += place.lost(SCRIPTS[0], out)
@@ -279,7 +298,7 @@ def races(place: Place, number: int) -> tuple[int, int]:
 
 
 def second_runs(place: Place, number: int) -> tuple[int, int]:
-    """A second run is started while the first trains, anew and with --resume: it is refused, and changes nothing."""
+    """Start a second run while the first trains: it is refused, and changes nothing."""
     out = place.new_folder()
     first = place.start(lambda: place.run(SCRIPTS[0], out, "--train.epochs", "100000", steps=10**6))
     while not checkpoints(out):
@@ -290,78 +309,46 @@ def second_runs(place: Place, number: int) -> tuple[int, int]:
     for n in range(number):
         status, printed = place.train(SCRIPTS[0], out, *(["--resume"] if n % 2 else []))
         assert status == 1, printed
-        assert f"{out}: another run is using this folder" in error_line(printed), printed
+        problem = "another run is using this folder" if n % 2 else "holds another run"
+        assert f"{out}: {problem}" in error_line(printed), printed
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     os.kill(first[0], signal.SIGKILL)  # which frees the folder
     os.kill(first[0], signal.SIGCONT)
     place.finish(first)
     reached = int(checkpoints(out)[-1].name.removeprefix("step-"))
-    status, printed = place.train(SCRIPTS[0], out, "--resume", "--train.epochs", "100000", steps=reached + 1)
+    status, printed = place.train(
+        SCRIPTS[0], out, "--resume", "--train.epochs", "100000", steps=reached + 1
+    )
     assert status == 0, (status, printed)
-    assert f"going on after step {reached}" in printed
+    assert f"resuming after step {reached}" in printed
     return number, 0
 
 
-def swaps(place: Place, number: int) -> tuple[int, int]:
-    """A prepared set is opened again and again while it is prepared anew with other records: it is one of two."""
-    data = place.new_folder()
-    sets = {}
-    tokenizer, config = Tokenizer(place.checkpoint), LLaMAConfig.from_checkpoint(place.checkpoint)
-
-    def content() -> tuple:
-        train, val, meta = open_prepared(data, tokenizer, config)
-        tokens = (train.tokens.numpy().tobytes(), val.tokens.numpy().tobytes())
-        return (meta["sha256"], meta["train_samples"], len(train), len(val)), tokens
-
-    def prepare_for_good() -> None:
-        for n in range(10**6):
-            place.prepare_set(("others.json", "records.json")[n % 2], data)
-
-    for records in ("others.json", "records.json"):
-        assert place.forked(place.prepare_set, records, data)[0] == 0
-        key, tokens = content()
-        sets[key] = tokens
-    assert len(sets) == 2
-    preparing = place.start(prepare_for_good)
-    seen = []
-    try:
-        deadline = time.monotonic() + 60
-        while (len(seen) < number or len(set(seen)) < 2) and time.monotonic() < deadline:
-            key, tokens = content()
-            assert sets.get(key) == tokens, key
-            seen.append(key)
-    finally:
-        os.kill(preparing[0], signal.SIGKILL)
-        place.finish(preparing)
-    assert len(seen) >= number, len(seen)
-    assert len(set(seen)) == 2, "never replaced"
-    return number, 0
-
-
-def damaged_sets(place: Place, number: int) -> tuple[int, int]:
-    """One bit of one byte anywhere in a prepared set: refused in one line."""
+def corrupted_datasets(place: Place, number: int) -> tuple[int, int]:
+    """Flip a bit anywhere in a dataset: refused in one line."""
     data = place.new_folder()
     shutil.copytree(place.data, data)
-    tokenizer, config = Tokenizer(place.checkpoint), LLaMAConfig.from_checkpoint(place.checkpoint)
-    files = sorted(data.iterdir())
+    files = sorted(path for path in data.iterdir() if path.name != CHECKSUMS)
     for _ in range(number):
         file = place.rng.choice(files)
         content = file.read_bytes()
         where = place.rng.randrange(len(content))
         changed = bytes([content[where] ^ 1 << place.rng.randrange(8)])
         file.write_bytes(content[:where] + changed + content[where + 1 :])
-        with pytest.raises(UserError, match="^" + re.escape(f"{file}: damaged or cut off. Prepare it again")):
-            open_prepared(data, tokenizer, config)
+        message = f"{file}: missing or corrupted. Prepare it again"
+        with pytest.raises(UserError, match="^" + re.escape(message)):
+            load_dataset(data, place.checkpoint)
         file.write_bytes(content)
-    open_prepared(data, tokenizer, config)
+    load_dataset(data, place.checkpoint)
     return number, 0
 
 
 def sharers(place: Place, number: int) -> tuple[int, int]:
-    """That many processes load one model in bf16: together, the kernel says, they hold its file in memory once."""
+    """Load one model in several processes: together they hold its file in memory once."""
     folder = place.root / "larger"
     if not folder.exists():
-        model = make_hf_model(vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=3)
+        sizes = dict(vocab_size=8192, hidden_size=512, intermediate_size=1024)
+        model = make_hf_model(**sizes, num_hidden_layers=3)
         model.bfloat16().save_pretrained(folder)
         save_tokenizer(folder)
     size = (folder / "model.safetensors").stat().st_size
@@ -376,7 +363,8 @@ def sharers(place: Place, number: int) -> tuple[int, int]:
     started = [place.start(load_and_wait) for _ in range(number)]
     try:
         for _ in started:
-            assert select.select([read], [], [], 60)[0], [printed.read_text() for _, printed in started]
+            ready = select.select([read], [], [], 60)[0]
+            assert ready, [printed.read_text() for _, printed in started]
             os.read(read, 1)
         held = [pages_of(folder / "model.safetensors", child) for child, _ in started]
     finally:
@@ -391,7 +379,7 @@ def sharers(place: Place, number: int) -> tuple[int, int]:
 
 
 def pages_of(file: Path, process: int) -> tuple[int, int]:
-    """Bytes of a mapped file that a process holds (Rss), and its share of them where others hold them too (Pss)."""
+    """Return the bytes of a mapped file in a process's memory: Rss, and its share (Pss)."""
     rss = pss = 0
     inside = False
     for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
@@ -409,14 +397,13 @@ FAULTS = {
     "small_disks": small_disks,
     "races": races,
     "second_runs": second_runs,
-    "swaps": swaps,
-    "damaged_sets": damaged_sets,
+    "corrupted_datasets": corrupted_datasets,
     "sharers": sharers,
 }
 
 
 def campaign(numbers: dict[str, int], seed: int) -> dict[str, tuple[int, int]]:
-    """Fault -> how many were tried and survived, bytes lost. AssertionError at the first that is not survived."""
+    """Return for each fault how many were survived, and the bytes lost."""
     with tempfile.TemporaryDirectory() as root:
         place = Place(Path(root), random.Random(seed))
         results = {}
@@ -432,7 +419,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, fault in FAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=0, help=fault.__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=0, help="SIGKILL and SIGTERM, that many in a run's course.")
+    parser.add_argument("--kills", type=int, default=0, help="SIGKILL and SIGTERM during a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="for a program to read")
     args = vars(parser.parse_args())
@@ -442,7 +429,9 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as root:
             place = Place(Path(root), random.Random(args["seed"]))
-            results |= test_resume.kill_campaign(Path(root), place.checkpoint, place.data, args["kills"])
+            results |= test_resume.kill_campaign(
+                Path(root), place.checkpoint, place.data, args["kills"]
+            )
     if args["json"]:
         print("results", json.dumps(results))
         return

@@ -1,4 +1,4 @@
-"""Model files taken apart and put together again with whatever a test wants in them: safetensors, GGUF, zips."""
+"""Split and rebuild model files with other contents: safetensors, GGUF, zips."""
 
 import io
 import json
@@ -49,15 +49,26 @@ def write_zip(parts: dict[str, bytes], compression: int = zipfile.ZIP_STORED) ->
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, list]]:
     """Metadata, and by name each tensor's dimensions, innermost first, type, and bytes."""
     reader = GGUFReader(file)
-    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    return metadata, {t.name: [t.shape.tolist(), int(t.tensor_type), t.data.tobytes()] for t in reader.tensors}
+    metadata = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
+    return metadata, {
+        t.name: [t.shape.tolist(), int(t.tensor_type), t.data.tobytes()] for t in reader.tensors
+    }
 
 
 def write_gguf(
-    metadata: dict[str, Any], tensors: dict[str, list], *, version: int = 3, count: int | None = None, shift: int = 0
+    metadata: dict[str, Any],
+    tensors: dict[str, list],
+    *,
+    version: int = 3,
+    count: int | None = None,
+    shift: int = 0,
 ) -> bytes:
-    """A GGUF file; `count` is how many tensors it says there are, `shift` moves the last one's place in the file."""
-    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors) if count is None else count % 2**64, len(metadata))
+    """Return a GGUF file that claims `count` tensors, the last one `shift` bytes off."""
+    out = b"GGUF" + struct.pack(
+        "<IQQ", version, len(tensors) if count is None else count % 2**64, len(metadata)
+    )
     for key, value in metadata.items():
         number, content = _gguf_value(value)
         out += _gguf_text(key) + struct.pack("<I", number) + content
@@ -66,7 +77,10 @@ def write_gguf(
         offset = len(body) + (shift if name == next(reversed(tensors)) else 0)
         dims = b"".join(struct.pack("<Q", size % 2**64) for size in shape)
         out += (
-            _gguf_text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", kind % 2**32, offset % 2**64)
+            _gguf_text(name)
+            + struct.pack("<I", len(shape))
+            + dims
+            + struct.pack("<IQ", kind % 2**32, offset % 2**64)
         )
         body += content + bytes(-len(content) % 32)
     return out + bytes(-len(out) % 32) + body
@@ -87,7 +101,10 @@ def _gguf_value(value: Any) -> tuple[int, bytes]:
     if isinstance(value, bool):
         kind = "bool"
     elif isinstance(value, int):
-        kind = next((kind for kind in ("u32", "i32", "u64", "i64") if _fits(value, GGUF_TYPES[kind][1])), None)
+        kind = next(
+            (kind for kind in ("u32", "i32", "u64", "i64") if _fits(value, GGUF_TYPES[kind][1])),
+            None,
+        )
     else:
         kind = "f32" if isinstance(value, float) and _fits(value, "<f") else None
     if kind is None:

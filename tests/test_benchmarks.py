@@ -12,17 +12,24 @@ from conftest import ROOT, load_script
 
 from lit_llama import UserError
 
-FIGURES = {"a": [{"speed": 4.0}, {"speed": 9.0}, {"speed": 6.0}], "b": [{"speed": 1.0}, {"speed": 3.0}, {"speed": 2.0}]}
+FIGURES = {
+    "a": [{"speed": 4.0}, {"speed": 9.0}, {"speed": 6.0}],
+    "b": [{"speed": 1.0}, {"speed": 3.0}, {"speed": 2.0}],
+}
 
 
 def test_medians_and_ratios() -> None:
     assert common.median(FIGURES, "a", "speed") == 6.0
-    assert common.ratios(FIGURES, "speed", [("a", "b"), ("a", "c")]) == ["a: 3.00 times the speed of b"]
+    assert common.ratios(FIGURES, "speed", [("a", "b"), ("a", "c")]) == [
+        "a: 3.00 times the speed of b"
+    ]
 
 
 def test_contenders_take_turns() -> None:
     order = []
-    figures = common.alternate(["x", "y"], 2, lambda name: order.append(name) or f'noise\n{{"n": {len(order)}}}')
+    figures = common.alternate(
+        ["x", "y"], 2, lambda name: order.append(name) or f'noise\n{{"n": {len(order)}}}'
+    )
     assert order == ["x", "y", "x", "y"]
     assert figures == {"x": [{"n": 1}, {"n": 3}], "y": [{"n": 2}, {"n": 4}]}
 
@@ -37,7 +44,9 @@ def test_contenders_that_are_not_known_or_installed() -> None:
 def test_report(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     table = common.table(["contender", "speed"], [["a", "6"], ["b", "2"]])
-    common.save("finetune", "Finetuning beside peers", "A tiny model.", table, ["a: 3.00 times"], FIGURES)
+    common.save(
+        "finetune", "Finetuning beside peers", "A tiny model.", table, ["a: 3.00 times"], FIGURES
+    )
     written = json.loads((tmp_path / "finetune-cpu.json").read_text())
     assert written["figures"] == FIGURES
     assert "torch" in written["versions"]
@@ -79,7 +88,13 @@ def test_tables_in_the_guides_are_those_that_were_measured(result: str, page: st
     ],
 )
 def test_workers(
-    script: str, worker: str, more: list[str], tiny_data: Path, tiny_checkpoint: Path, tmp_path, python: str
+    script: str,
+    worker: str,
+    more: list[str],
+    tiny_data: Path,
+    tiny_checkpoint: Path,
+    tmp_path,
+    python: str,
 ) -> None:
     flags = ["--worker", worker, "--checkpoint_dir", str(tiny_checkpoint), *more]
     if script == "finetune":
@@ -101,11 +116,15 @@ def test_workers(
     assert len(figures) in (2, 3, 5)
 
 
-def test_flags(tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch, python: str) -> None:
+def test_flags(
+    tiny_checkpoint: Path, records_file: Path, tmp_path: Path, monkeypatch, python: str
+) -> None:
     monkeypatch.setattr(sys, "executable", python)
     monkeypatch.setattr("common.RESULTS", tmp_path)
     runs = ("lora --train.micro_batch_tokens 512",)
-    load_script("benchmarks/flags.py").main(tiny_checkpoint, records_file, steps=2, batch_size=4, runs=runs)
+    load_script("benchmarks/flags.py").main(
+        tiny_checkpoint, records_file, steps=2, batch_size=4, runs=runs
+    )
     (figures,) = json.loads((tmp_path / "flags-cpu.json").read_text())["figures"].values()
     assert figures["tokens_per_second"] > 0
     assert 0.5 < figures["estimated_bytes"] / figures["peak_memory_bytes"] < 2

@@ -1,4 +1,4 @@
-"""Other layouts, made from a tiny model, convert back to the same logits; GGUF also against `transformers`."""
+"""Other layouts of a tiny model convert to the same logits; GGUF also against `transformers`."""
 
 import importlib.metadata
 import json
@@ -32,7 +32,9 @@ META = {
 def interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows of a projection in Meta's rotary order, feature by feature: 2i and 2i + 1 are a pair."""
     rows = weight.shape[0] // num_heads
-    order = [head * rows + i % 2 * (rows // 2) + i // 2 for head in range(num_heads) for i in range(rows)]
+    order = [
+        head * rows + i % 2 * (rows // 2) + i // 2 for head in range(num_heads) for i in range(rows)
+    ]
     return weight[order]
 
 
@@ -42,7 +44,10 @@ def meta_tensors(hf_model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
         name = name.removeprefix("model.").removesuffix(".weight")
         if name.startswith("layers."):
             _, layer, part = name.split(".", 2)
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+            heads = {
+                "self_attn.q_proj": config.num_attention_heads,
+                "self_attn.k_proj": config.num_key_value_heads,
+            }
             tensor = interleave(tensor, heads[part]) if part in heads else tensor
             name = f"layers.{layer}.{META[part]}"
         else:
@@ -60,11 +65,19 @@ def cut(name: str, embedding_dim: int) -> int | None:
     return 1 if ".wo." in name or ".w2." in name else 0
 
 
-def save_meta(hf_model: LlamaForCausalLM, folder: Path, shards: int, embedding_dim: int = 1, **params) -> None:
+def save_meta(
+    hf_model: LlamaForCausalLM, folder: Path, shards: int, embedding_dim: int = 1, **params
+) -> None:
     folder.mkdir()
     config = hf_model.config
-    sizes = dict(dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads)
-    sizes |= dict(norm_eps=config.rms_norm_eps, n_kv_heads=config.num_key_value_heads, vocab_size=-1)
+    sizes = dict(
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+    )
+    sizes |= dict(
+        norm_eps=config.rms_norm_eps, n_kv_heads=config.num_key_value_heads, vocab_size=-1
+    )
     (folder / "params.json").write_text(json.dumps(sizes | params))
     for number in range(shards):
         part = {}
@@ -79,7 +92,9 @@ def save_meta(hf_model: LlamaForCausalLM, folder: Path, shards: int, embedding_d
 def assert_same_logits(hf_model: LlamaForCausalLM, folder: Path) -> None:
     expected = hf_model(INPUT_IDS).logits
     assert expected.std() > 0.3
-    torch.testing.assert_close(load_model(folder, dtype=torch.float32)(INPUT_IDS), expected, atol=1e-4, rtol=0)  # fp32
+    torch.testing.assert_close(
+        load_model(folder, dtype=torch.float32)(INPUT_IDS), expected, atol=1e-4, rtol=0
+    )  # fp32
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(theirs(INPUT_IDS).logits, expected, atol=1e-4, rtol=0)  # fp32
 
@@ -94,7 +109,12 @@ def noisy(**settings) -> LlamaForCausalLM:
     return hf_model
 
 
-LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+LLAMA3 = dict(
+    rope_type="llama3",
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
 META_CASES = {
     "one file": (dict(rms_norm_eps=1e-5), 1, 1, {}),
     "two shards": (dict(rms_norm_eps=1e-5), 2, 1, {}),
@@ -115,7 +135,9 @@ def test_meta_checkpoint_gives_the_same_logits(tmp_path: Path, case: tuple) -> N
     hf_model = noisy(**settings)
     save_meta(hf_model, tmp_path / "meta", shards, embedding_dim, **params)
     save_tokenizer(tmp_path)  # beside the folder, where Meta's download of several sizes puts it
-    load_script("scripts/convert_meta_checkpoint.py").main(tmp_path / "meta", tmp_path / "out", precision="32-true")
+    load_script("scripts/convert_meta_checkpoint.py").main(
+        tmp_path / "meta", tmp_path / "out", precision="32-true"
+    )
     assert_same_logits(hf_model, tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").is_file()
 
@@ -124,7 +146,9 @@ def test_tied_head_of_meta_is_saved_once(tmp_path: Path) -> None:
     hf_model = noisy(rms_norm_eps=1e-5, tie_word_embeddings=True)
     save_meta(hf_model, tmp_path / "meta", 1)
     save_tokenizer(tmp_path / "meta")
-    load_script("scripts/convert_meta_checkpoint.py").main(tmp_path / "meta", tmp_path / "out", precision="32-true")
+    load_script("scripts/convert_meta_checkpoint.py").main(
+        tmp_path / "meta", tmp_path / "out", precision="32-true"
+    )
     assert LLaMAConfig.from_checkpoint(tmp_path / "out").tie_word_embeddings
     assert_same_logits(hf_model, tmp_path / "out")
 
@@ -132,11 +156,17 @@ def test_tied_head_of_meta_is_saved_once(tmp_path: Path) -> None:
 def test_context_of_llama_1_65b_is_that_of_llama_1() -> None:
     sizes = dict(dim=8192, n_layers=80, n_heads=64, norm_eps=1e-5)
     shards = [
-        {"tok_embeddings.weight": torch.empty(32000, 1024), "layers.0.feed_forward.w1.weight": torch.empty(2752, 1)}
+        {
+            "tok_embeddings.weight": torch.empty(32000, 1024),
+            "layers.0.feed_forward.w1.weight": torch.empty(2752, 1),
+        }
     ]
     make_config = load_script("scripts/convert_meta_checkpoint.py").make_config
     assert make_config(sizes, shards * 8, Path(), None).max_position_embeddings == 2048
-    assert make_config(sizes | dict(n_kv_heads=8), shards * 8, Path(), None).max_position_embeddings == 4096
+    assert (
+        make_config(sizes | dict(n_kv_heads=8), shards * 8, Path(), None).max_position_embeddings
+        == 4096
+    )
 
 
 @pytest.mark.parametrize(("eps", "context"), [(1e-6, 2048), (1e-5, 4096)])
@@ -160,7 +190,9 @@ def test_old_lit_llama_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
         old, new = f"layers.{index}.", f"transformer.h.{index}."
         lit |= {
             f"{new}rms_1.scale": meta[f"{old}attention_norm.weight"],
-            f"{new}attn.c_attn.weight": torch.cat([meta[f"{old}attention.w{part}.weight"] for part in "qkv"]),
+            f"{new}attn.c_attn.weight": torch.cat(
+                [meta[f"{old}attention.w{part}.weight"] for part in "qkv"]
+            ),
             f"{new}attn.c_proj.weight": meta[f"{old}attention.wo.weight"],
             f"{new}rms_2.scale": meta[f"{old}ffn_norm.weight"],
             f"{new}mlp.c_fc1.weight": meta[f"{old}feed_forward.w1.weight"],
@@ -171,7 +203,9 @@ def test_old_lit_llama_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
     torch.save(lit, tmp_path / "lit-llama.pth")
     save_tokenizer(tmp_path)
     convert = load_script("scripts/convert_lit_checkpoint.py").main
-    convert(tmp_path / "lit-llama.pth", tmp_path / "out", num_attention_heads=4, precision="32-true")
+    convert(
+        tmp_path / "lit-llama.pth", tmp_path / "out", num_attention_heads=4, precision="32-true"
+    )
     assert_same_logits(hf_model, tmp_path / "out")
 
 
@@ -188,7 +222,9 @@ GGUF_LAYER = {
 }
 
 
-def save_gguf(hf_model: LlamaForCausalLM, file: Path, tokenizer, quantize: bool = False, rope_freqs=None) -> None:
+def save_gguf(
+    hf_model: LlamaForCausalLM, file: Path, tokenizer, quantize: bool = False, rope_freqs=None
+) -> None:
     """As llama.cpp's converter writes a LLaMA; `tokenizer(writer)` adds the vocabulary."""
     config = hf_model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -215,13 +251,18 @@ def save_gguf(hf_model: LlamaForCausalLM, file: Path, tokenizer, quantize: bool 
             stored = top[name]
         else:
             _, _, layer, part = name.split(".", 3)
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+            heads = {
+                "self_attn.q_proj": config.num_attention_heads,
+                "self_attn.k_proj": config.num_key_value_heads,
+            }
             tensor = interleave(tensor, heads[part]) if part in heads else tensor
             stored = f"blk.{layer}.{GGUF_LAYER[part]}"
         values = tensor.numpy()
         if quantize and values.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{stored}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(
+                f"{stored}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind
+            )
         else:
             writer.add_tensor(f"{stored}.weight", np.ascontiguousarray(values))
     if rope_freqs is not None:
@@ -233,13 +274,16 @@ def save_gguf(hf_model: LlamaForCausalLM, file: Path, tokenizer, quantize: bool 
 
 
 def byte_level_bpe(folder: Path):
-    """Writes the vocabulary of `save_tokenizer`'s tokenizer, as llama.cpp does, padded to the embedding."""
+    """Write the vocabulary of `save_tokenizer`, as llama.cpp does."""
     save_tokenizer(folder)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
 
     def add(writer: gguf.GGUFWriter) -> None:
         tokens = sorted(model["vocab"], key=model["vocab"].get)
-        kinds = [gguf.TokenType.CONTROL if index < 5 else gguf.TokenType.NORMAL for index in range(len(tokens))]
+        kinds = [
+            gguf.TokenType.CONTROL if index < 5 else gguf.TokenType.NORMAL
+            for index in range(len(tokens))
+        ]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokens)
@@ -255,7 +299,10 @@ def byte_level_bpe(folder: Path):
 CASES = {
     "fp32": (dict(), False),
     "tied": (dict(tie_word_embeddings=True), False),
-    "linear rope": (dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)), False),
+    "linear rope": (
+        dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+        False,
+    ),
     "Q8_0": (dict(), True),
 }
 
@@ -272,7 +319,9 @@ def test_gguf_gives_the_logits_of_transformers(tmp_path: Path, monkeypatch, case
     if not quantize:
         assert_same_logits(hf_model, tmp_path / "out")
     if "rope_parameters" not in settings:  # which transformers does not read from GGUF
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file="model.gguf", dtype=torch.float32
+        )
         with torch.no_grad():
             ours = load_model(tmp_path / "out", dtype=torch.float32)(INPUT_IDS)
             torch.testing.assert_close(ours, theirs(INPUT_IDS).logits, atol=1e-3, rtol=0)
@@ -280,7 +329,9 @@ def test_gguf_gives_the_logits_of_transformers(tmp_path: Path, monkeypatch, case
 
 def test_byte_level_bpe_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
     save_gguf(noisy(vocab_size=300), tmp_path / "model.gguf", byte_level_bpe(tmp_path))
-    load_script("scripts/convert_gguf_checkpoint.py").main(tmp_path / "model.gguf", tmp_path / "out")
+    load_script("scripts/convert_gguf_checkpoint.py").main(
+        tmp_path / "model.gguf", tmp_path / "out"
+    )
     theirs, ours = Backend.from_file(str(tmp_path / "tokenizer.json")), Tokenizer(tmp_path / "out")
     assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (1, 2, True)
     assert ours.specials == {"<pad>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}
@@ -297,7 +348,13 @@ def test_sentencepiece_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
 
     def add(writer: gguf.GGUFWriter) -> None:
         kinds = [
-            2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1
+            2
+            if theirs.is_unknown(i)
+            else 3
+            if theirs.is_control(i)
+            else 6
+            if theirs.is_byte(i)
+            else 1
             for i in range(size)
         ]
         writer.add_tokenizer_model("llama")
@@ -308,7 +365,9 @@ def test_sentencepiece_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
         writer.add_eos_token_id(2)
 
     save_gguf(noisy(vocab_size=size), tmp_path / "model.gguf", add)
-    load_script("scripts/convert_gguf_checkpoint.py").main(tmp_path / "model.gguf", tmp_path / "out")
+    load_script("scripts/convert_gguf_checkpoint.py").main(
+        tmp_path / "model.gguf", tmp_path / "out"
+    )
     ours = Tokenizer(tmp_path / "out")
     assert ours.path.name == "tokenizer.model"
     assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (1, 2, True)
@@ -319,10 +378,14 @@ def test_sentencepiece_of_a_gguf_gives_the_same_ids(tmp_path: Path) -> None:
 
 def test_llama_3_1s_rope_freqs_become_its_scaling(tmp_path: Path) -> None:
     rope = LLAMA3 | dict(factor=8.0, rope_theta=500000.0)
-    sizes = dict(hidden_size=256, num_attention_heads=2, vocab_size=300)  # heads of 128, whose waves are long enough
+    sizes = dict(
+        hidden_size=256, num_attention_heads=2, vocab_size=300
+    )  # heads of 128, whose waves are long enough
     hf_model = make_hf_model(num_key_value_heads=1, rope_parameters=rope, **sizes)
     plain = make_hf_model(
-        num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=500000.0), **sizes
+        num_key_value_heads=1,
+        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+        **sizes,
     )
     divisors = (plain.model.rotary_emb.inv_freq / hf_model.model.rotary_emb.inv_freq).numpy()
     save_gguf(hf_model, tmp_path / "model.gguf", byte_level_bpe(tmp_path), rope_freqs=divisors)

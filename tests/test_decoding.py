@@ -1,19 +1,40 @@
-"""Each fast way of decoding against the plain one, and batches and speculation against one prompt after the other."""
+"""Optimized decoding against the plain model; batches and speculation against single prompts."""
 
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import load_script, make_hf_model
 
-from lit_llama import UserError, fast, load_model
-from lit_llama.decoding import DecodeStep, FusedAttention, PackedLinear, can_pack, prepare
-from lit_llama.generation import Sampling, decode, generate, probabilities, read_late, speculate, stream
+from lit_llama import LLaMA, UserError, load_model
+from lit_llama.fast import decoding
+from lit_llama.fast.decoding import (
+    FusedAttention,
+    PackedLinear,
+    StaticLLaMA,
+    optimize_for_inference,
+)
+from lit_llama.fast.speculation import speculate
+from lit_llama.generation import (
+    Sampling,
+    copy_to_cpu_async,
+    decode,
+    generate,
+    probabilities,
+    stream,
+)
 
 CPU = torch.device("cpu")
-PROMPTS = [torch.randint(3, 384, (size,), generator=torch.Generator().manual_seed(size)) for size in (12, 1, 5, 30)]
+
+
+def random_prompt(length: int) -> torch.Tensor:
+    return torch.randint(3, 384, (length,), generator=torch.Generator().manual_seed(length))
+
+
+PROMPTS = [random_prompt(length) for length in (12, 1, 5, 30)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases-tied"])
@@ -24,46 +45,77 @@ def folder(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def logits_of(model, tokens: torch.Tensor, static: bool = False) -> torch.Tensor:
-    """Of each token from the sixth on, one step at a time."""
-    cache = model.make_kv_cache(1, len(tokens), static)
+def logits_of(model: LLaMA, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits after each token from the fifth on, decoded step by step."""
+    cache = model.make_kv_cache(1, len(tokens))
     parts = [model(tokens[None, :5], kv_cache=cache)[:, -1]]
-    step = DecodeStep(model, cache)
-    parts += [step(token[None]).clone() for token in tokens[5:-1]]
+    parts += [model(token[None, None], kv_cache=cache)[:, -1].clone() for token in tokens[5:-1]]
     return torch.cat(parts)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("static", [False, True])
-def test_fused_projections_and_static_steps_give_the_plain_logits(folder: Path, static: bool) -> None:
+def test_fused_projections_and_static_steps_give_the_plain_logits(
+    folder: Path, static: bool
+) -> None:
     plain, fused = (load_model(folder, dtype=torch.float32) for _ in range(2))
-    prepare(fused, CPU)
+    optimize_for_inference(fused, CPU)
     assert type(fused.layers[0].self_attn) is FusedAttention
+    if static:  # as on a GPU, but not recorded
+        fused.__class__ = StaticLLaMA
+        fused.compile_step, fused.step = False, None
     expected = plain(PROMPTS[3][None])[0, 4:-1]
     torch.testing.assert_close(logits_of(plain, PROMPTS[3]), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits_of(fused, PROMPTS[3], static), expected, atol=1e-5, rtol=0)  # fp32
-    actual = generate(fused, PROMPTS[0], 20, temperature=0)
-    assert actual.tolist() == generate(plain, PROMPTS[0], 20, temperature=0).tolist()
+    torch.testing.assert_close(logits_of(fused, PROMPTS[3]), expected, atol=1e-5, rtol=0)  # fp32
+    texts = [generate(model, PROMPTS, 20, temperature=0) for model in (fused, plain)]
+    assert all(map(torch.equal, *texts))
 
 
 @torch.inference_mode()
-@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no bf16 kernels")
+@pytest.mark.parametrize("new_tokens", [1, 6])
+def test_a_static_cache_goes_on_with_the_next_turn(folder: Path, new_tokens: int) -> None:
+    """As a chat does: decode, drop some tokens, and continue with a packed prompt."""
+    answers = []
+    for static in (False, True):
+        model = load_model(folder, dtype=torch.float32)
+        if static:  # as on a GPU, but not recorded
+            model.__class__ = StaticLLaMA
+            model.compile_step, model.step = False, None
+        cache = model.make_kv_cache(1, 60)
+        sampling = Sampling(10, temperature=0)
+        first = [int(token) for token in decode(model, PROMPTS[:1], sampling, cache)]
+        cache.truncate([15])  # the prompt of 12 tokens and 3 of the answer
+        ids = [*PROMPTS[0].tolist(), *first[:3], *random_prompt(new_tokens).tolist()]
+        prompt = torch.tensor(ids)
+        second = [int(token) for token in decode(model, [prompt], sampling, cache)]
+        answers.append((first, second))
+        assert second == generate(model, prompt, 10, temperature=0)[len(ids) :].tolist()
+    assert answers[0] == answers[1]
+
+
+@torch.inference_mode()
 def test_packed_layers_give_the_plain_logits(folder: Path) -> None:
     plain, packed = (load_model(folder) for _ in range(2))
-    prepare(packed, CPU)
+    if not decoding._supports_packing(plain):
+        pytest.skip("this CPU has no bf16 kernels")
+    optimize_for_inference(packed, CPU)
     assert type(packed.layers[0].mlp.gate_up_proj) is type(packed.lm_head) is PackedLinear
-    torch.testing.assert_close(logits_of(packed, PROMPTS[3]), logits_of(plain, PROMPTS[3]), atol=0.02, rtol=0)  # bf16
+    actual, expected = logits_of(packed, PROMPTS[3]), logits_of(plain, PROMPTS[3])
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)  # bf16
 
 
-def test_slow_paths_are_one_flag_away(tiny_checkpoint: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(fast, "enabled", True)
-    prepared = []
-    monkeypatch.setattr("lit_llama.generation.prepare", lambda *args: prepared.append(args))
+@torch.inference_mode()
+def test_fast_paths_false_leaves_the_plain_modules(tiny_checkpoint: Path, monkeypatch) -> None:
+    plain = load_model(tiny_checkpoint)
+    classes = [type(module) for module in plain.modules()]
+    optimize_for_inference(plain, CPU, None, False)
+    assert [type(module) for module in plain.modules()] == classes
+    optimize, base = Mock(), load_script("generate/base.py")
+    monkeypatch.setattr(decoding, "optimize_for_inference", optimize)
     for fast_paths in (True, False):
-        load_script("generate/base.py").main(
-            checkpoint_dir=tiny_checkpoint, prompt="Hi", max_new_tokens=3, fast_paths=fast_paths, precision="32-true"
-        )
-        assert prepared[-1][3] is fast.enabled is fast_paths
+        args = base.AnswerArgs("Hi", max_new_tokens=3, fast_paths=fast_paths)
+        base.main(args, tiny_checkpoint)
+        assert optimize.call_args.args[3] is fast_paths
 
 
 @torch.inference_mode()
@@ -71,17 +123,17 @@ def test_slow_paths_are_one_flag_away(tiny_checkpoint: Path, capsys, monkeypatch
 def test_a_compiled_step_gives_the_plain_tokens(tmp_path: Path) -> None:
     make_hf_model(num_key_value_heads=2, num_hidden_layers=2).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
-    prepare(model, CPU, compile=True)
-    tokens = list(stream(model, PROMPTS[:2], Sampling(6, temperature=0), compile=True))
-    expected = list(stream(model, PROMPTS[:2], Sampling(6, temperature=0)))
-    assert torch.stack(tokens).tolist() == torch.stack(expected).tolist()
+    expected = generate(model, PROMPTS[:2], 6, temperature=0)
+    optimize_for_inference(model, CPU, compile=True)
+    assert all(map(torch.equal, generate(model, PROMPTS[:2], 6, temperature=0), expected))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton compiles")
 def test_compiling_without_a_compiler_is_refused(tiny_checkpoint: Path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    base = load_script("generate/base.py")
     with pytest.raises(UserError, match=r"--compile: needs a C\+\+ compiler"):
-        load_script("generate/base.py").main(checkpoint_dir=tiny_checkpoint, prompt="Hi", compile=True)
+        base.main(base.AnswerArgs("Hi", compile=True), tiny_checkpoint)
 
 
 def test_prompts_of_other_lengths_do_not_change_a_row(folder: Path) -> None:
@@ -90,77 +142,89 @@ def test_prompts_of_other_lengths_do_not_change_a_row(folder: Path) -> None:
     for prompt, actual in zip(PROMPTS, together, strict=True):
         assert actual.tolist() == generate(model, prompt, 20, temperature=0).tolist()
     ends = [int(together[0][12 + 4])]
-    for prompt, actual in zip(PROMPTS, generate(model, PROMPTS, 20, temperature=0, eos_id=ends), strict=True):
+    together = generate(model, PROMPTS, 20, temperature=0, eos_id=ends)
+    for prompt, actual in zip(PROMPTS, together, strict=True):
         alone = generate(model, prompt, 20, temperature=0, eos_id=ends)
         assert actual.tolist()[: len(alone)] == alone.tolist()
         assert set(actual.tolist()[len(alone) :]) <= set(ends)
 
 
-def test_a_file_of_prompts_is_answered_as_one_after_the_other(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
-    base = load_script("generate/base.py").main
-    settings = dict(checkpoint_dir=tiny_checkpoint, max_new_tokens=8, temperature=0.0, precision="32-true")
+def test_a_file_of_prompts_gives_the_answers_to_single_prompts(
+    tmp_path: Path, tiny_checkpoint: Path, capsys
+) -> None:
+    base, file = load_script("generate/base.py"), tmp_path / "prompts.txt"
+
+    def run(prompt: str | None = None, **settings) -> str:
+        args = base.AnswerArgs(prompt, max_new_tokens=8, temperature=0.0, **settings)
+        base.main(args, tiny_checkpoint, precision="32-true")
+        return capsys.readouterr().out
+
     prompts = ["Hello", "Name three: a, b, \N{LLAMA}", "1 + 1 ="]
-    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n", "utf-8")
-    base(prompt_file=tmp_path / "prompts.txt", batch_size=2, **settings)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    file.write_text("\n\n".join(prompts) + "\n", "utf-8")
+    lines = list(map(json.loads, run(prompt_file=file, batch_size=2).splitlines()))
     assert [line["prompt"] for line in lines] == prompts
     for line in lines:
-        base(prompt=line["prompt"], **settings)
-        assert capsys.readouterr().out == line["answer"] + "\n"
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        assert run(line["prompt"]) == line["answer"] + "\n"
+    file.write_text(" \n")
     with pytest.raises(UserError, match="holds no prompt"):
-        base(prompt_file=tmp_path / "empty.txt", **settings)
-    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 \(byte 3\)"):
-        base(prompt_file=tmp_path / "latin.txt", **settings)
+        run(prompt_file=file)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"prompts.txt: not UTF-8 \(byte 3\)"):
+        run(prompt_file=file)
     with pytest.raises(UserError, match="give one of them"):
-        base(**settings)
+        run()
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_speculation_gives_the_greedy_tokens(folder: Path, tmp_path: Path, seed: int) -> None:
-    """Whatever the draft says: one of its own, and the model itself."""
+    """With a draft of other weights, and with the model itself as the draft."""
     model = load_model(folder, dtype=torch.float32)
     make_hf_model(num_hidden_layers=1, seed=seed).save_pretrained(tmp_path)
     draft = load_model(tmp_path, dtype=torch.float32)
     for new in (0, 1, 2, 25):
-        expected = [int(token) for token in decode(model, PROMPTS[:1], Sampling(new, temperature=0))]
-        for which in (draft, model):
-            actual = [int(token) for token in speculate(model, which, PROMPTS[:1], Sampling(new, temperature=0))]
-            assert actual == expected
+        prompts, sampling = PROMPTS[:1], Sampling(new, temperature=0)
+        expected = [int(token) for token in decode(model, prompts, sampling)]
+        for other in (draft, model):
+            assert [int(token) for token in speculate(model, prompts, sampling, other)] == expected
     with pytest.raises(UserError, match="for one prompt"):
-        list(speculate(model, draft, PROMPTS[:2], Sampling(3)))
+        list(speculate(model, PROMPTS[:2], Sampling(3), draft))
 
 
 class Bigrams(torch.nn.Module):
-    """A model whose logits depend on the token before only, so that the distribution is known."""
+    """A model whose logits depend on the last token only, so that the distribution is known."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         super().__init__()
         model = load_model(folder, dtype=torch.float32)
-        self.config, self.embed_tokens, self.make_kv_cache = model.config, model.embed_tokens, model.make_kv_cache
+        self.config, self.embed_tokens = model.config, model.embed_tokens
         self.table = 2 * torch.randn(384, 4, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, input_ids: torch.Tensor, kv_cache) -> torch.Tensor:
-        kv_cache.longest += input_ids.size(1)
+        kv_cache.length += input_ids.size(1)
         logits = torch.full((*input_ids.shape, 384), -torch.inf)
         logits[..., :4] = self.table[input_ids]
         return logits
 
 
-def test_speculation_leaves_the_distribution_as_it_is(folder: Path) -> None:
+def test_speculation_does_not_change_the_distribution(folder: Path) -> None:
     model, draft = Bigrams(folder, 1), Bigrams(folder, 2)
     counts, tries = torch.zeros(4, 4, 4), 3000
     for seed in range(tries):
-        counts[tuple(int(t) for t in speculate(model, draft, [torch.tensor([9])], Sampling(3, 0.9, seed=seed)))] += 1
+        tokens = speculate(model, [torch.tensor([9])], Sampling(3, 0.9, seed=seed), draft)
+        counts[tuple(int(token) for token in tokens)] += 1
     rows = probabilities(model.table, Sampling(1, 0.9))
     expected = rows[9][:, None, None] * rows[:4][:, :, None] * rows[:4][None]
     deviation = (expected * (1 - expected) / tries).sqrt()
     assert ((counts / tries - expected).abs() <= 4.5 * deviation + 1e-9).all()
 
 
-def test_tokens_are_read_in_order() -> None:
-    assert [int(token) for token in read_late(iter(torch.arange(5)[:, None]))] == list(range(5))
+def test_tokens_are_copied_in_order_each_after_the_next_has_started(monkeypatch) -> None:
+    stream, started = Mock(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    tokens = (started.append(token) or token for token in torch.arange(5)[:, None])
+    copied = [(int(token), len(started)) for token in copy_to_cpu_async(tokens)]
+    assert copied == [(0, 2), (1, 3), (2, 4), (3, 5), (4, 5)]
+    assert stream.record_event().synchronize.call_count == 5
 
 
 @pytest.mark.gpu
@@ -168,7 +232,11 @@ def test_tokens_are_read_in_order() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_recorded_step_gives_the_plain_tokens(folder: Path, compile: bool) -> None:
-    model = load_model(folder, "cuda", torch.float32)
-    actual = [t.tolist() for t in stream(model, PROMPTS, Sampling(20, temperature=0), compile=compile)]
-    model = load_model(folder, dtype=torch.float32)
-    assert actual == [t.tolist() for t in stream(model, PROMPTS, Sampling(20, temperature=0))]
+    tokens = []
+    for device in ("cuda", "cpu"):
+        model = load_model(folder, device, torch.float32)
+        if device == "cuda":
+            optimize_for_inference(model, torch.device(device), compile=compile)
+        steps = stream(model, PROMPTS, Sampling(20, temperature=0))
+        tokens.append([step.tolist() for step in steps])
+    assert tokens[0] == tokens[1]

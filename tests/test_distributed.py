@@ -1,4 +1,4 @@
-"""Several processes give what one gives: losses, files, and a part of the memory each. CPU, gloo, `fully_shard`."""
+"""Several processes give what one gives, each with its shard. CPU, gloo, `fully_shard`."""
 
 import csv
 import os
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_hf_model, save_tokenizer
+from conftest import ROOT, make_hf_model
 from safetensors.torch import load_file
 
-from lit_llama.data import pack, share
-from lit_llama.run_folder import checkpoints
+from lit_llama.data import pack_micro_batches, split_across_ranks
+from lit_llama.storage.run_folder import checkpoints
 
-RECIPE = ["--precision", "32-true", "--seed", "7", "--train.batch_size", "24", "--train.micro_batch_tokens", "300"]
-RECIPE += ["--train.learning_rate", "1e-2", "--train.warmup_steps", "2", "--train.save_interval", "5"]
+RECIPE = "--precision 32-true --seed 7 --train.batch_size 24 --train.micro_batch_tokens 300 "
+RECIPE += "--train.learning_rate 1e-2 --train.warmup_steps 2 --train.save_interval 5"
 METHODS = {
     "lora": ["--lora.dropout", "0.1", "--lora.targets", "[all-linear]", "--lora.use_dora", "true"],
     "adapter": ["--adapter.start_layer", "0"],
@@ -32,14 +32,25 @@ METHODS = {
 }
 
 
-def flags_of(method: str, checkpoint: Path, data: Path, out_dir: Path, steps: int = 10) -> list[str]:
-    flags = ["--checkpoint_dir", str(checkpoint), "--data_dir", str(data), "--out_dir", str(out_dir)]
-    # one step whose micro-batches are fewer than the processes, and steps where they are an odd number
-    return [f"{ROOT}/finetune/{method}.py", *flags, *RECIPE, *METHODS[method], "--train.max_steps", str(steps)]
+def flags_of(
+    method: str, checkpoint: Path, data: Path, out_dir: Path, steps: int = 10
+) -> list[str]:
+    flags = [
+        "--checkpoint_dir",
+        str(checkpoint),
+        "--data_dir",
+        str(data),
+        "--out_dir",
+        str(out_dir),
+    ]
+    # one step has fewer micro-batches than processes, others an odd number of them
+    flags += [*RECIPE.split(), *METHODS[method], "--train.max_steps", str(steps)]
+    return [f"{ROOT}/finetune/{method}.py", *flags]
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")}
+    launched = ("WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")
+    kept = {key: value for key, value in os.environ.items() if key not in launched}
     return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
@@ -50,7 +61,7 @@ def start(*command: str, python: str, **more: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def forked(python: str) -> Callable[..., subprocess.Popen]:
-    """`start` with the Python that starts at once; the processes that Fabric starts in turn are such ones too."""
+    """`start` with the Python that starts at once, as do the processes that Fabric starts."""
     return partial(start, python=python)
 
 
@@ -67,7 +78,11 @@ def rows_of(out_dir: Path) -> list[dict[str, str]]:
 
 def assert_same_curve(out_dir: Path, reference: Path) -> None:
     ours, theirs = rows_of(out_dir), rows_of(reference)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [str(n) for n in range(1, 11)]
+    assert (
+        [row["step"] for row in ours]
+        == [row["step"] for row in theirs]
+        == [str(n) for n in range(1, 11)]
+    )
     for name in ("loss", "samples", "tokens"):
         one, two = ([float(row[name]) for row in rows] for rows in (ours, theirs))
         torch.testing.assert_close(one, two, atol=1e-4, rtol=0)  # fp32, another order of sums
@@ -82,7 +97,9 @@ def assert_same_files(out_dir: Path, reference: Path) -> None:
     one, two = load_file(out_dir / weights), load_file(reference / weights)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], atol=2e-3, rtol=0)  # ten steps of at most 1e-2 each
+        torch.testing.assert_close(
+            tensor, two[name], atol=2e-3, rtol=0
+        )  # ten steps of at most 1e-2 each
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +120,9 @@ def one_process(tmp_path_factory, tiny_checkpoint: Path, tiny_data: Path, forked
 def test_two_processes_give_what_one_gives(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str, forked
 ) -> None:
-    output = finish(forked(*flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "two"), "--devices", "2"))
+    output = finish(
+        forked(*flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "two"), "--devices", "2")
+    )
     assert "on 2 devices" in output
     assert output.count("val loss") == 3  # before, after, the summary: one process speaks
     assert_same_curve(tmp_path / "two", one_process(method))
@@ -119,12 +138,14 @@ def test_bf16_computes_the_same_on_two_processes(
         flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / devices, steps=3)
         finish(forked(*flags, "--precision", "bf16-mixed", "--devices", devices))
         curves.append([float(row["loss"]) for row in rows_of(tmp_path / devices)])
-    # micro-batches are the same ones, so the roundings are too; only the sums of gradients have another order
+    # the micro-batches are equal, and so are roundings; only gradients are summed in another order
     torch.testing.assert_close(curves[0], curves[1], atol=2e-3, rtol=0)
     assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "where"), [(1, "save_state"), (0, "save_state"), (0, "save_result")])
+@pytest.mark.parametrize(
+    ("rank", "where"), [(1, "state"), (0, "state"), (0, "result"), (0, "metrics")]
+)
 def test_a_full_disk_under_one_process_ends_all_with_its_reason(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, rank: int, where: str, forked
 ) -> None:
@@ -135,18 +156,22 @@ def test_a_full_disk_under_one_process_ends_all_with_its_reason(
             import os, sys
             sys.path.insert(0, {str(ROOT / "tests")!r})
             from conftest import load_script
-            from lit_llama import cli, training
+            from lit_llama import training
+            from lit_llama.runtime import cli
+            from lit_llama.storage.run_folder import RunFolder
 
-            def full_disk(*args):
+            def full_disk(*args, **kwargs):
                 raise OSError(28, "No space left on device")
 
-            main = load_script("finetune/lora.py").main
             if int(os.environ.get("LOCAL_RANK", 0)) == {rank}:
-                if {where!r} == "save_state":
-                    training.save_state = full_disk
+                if {where!r} == "state":
+                    RunFolder._save_state = full_disk
+                elif {where!r} == "result":
+                    training.save_methods = full_disk
                 else:
-                    sys.modules["finetune_lora"].save_lora = full_disk
-            cli.run(main)
+                    from pathlib import Path
+                    Path.open = full_disk  # of metrics.csv
+            cli.run(load_script("finetune/lora.py").main)
             """
         )
     )
@@ -167,9 +192,12 @@ def test_torchrun_with_two_nodes_gives_what_one_process_gives(
     nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     nodes += ["--master_addr", "127.0.0.1", "--master_port", port]
     flags += ["--num_nodes", "2"]
-    processes = [start(*nodes, "--node_rank", str(rank), *flags, python=sys.executable) for rank in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:  # where one node fails, the other waits for it: let the first one to end speak
-        printed = [done.result() for done in as_completed([pool.submit(finish, process) for process in processes])]
+    processes = [
+        start(*nodes, "--node_rank", str(rank), *flags, python=sys.executable) for rank in (0, 1)
+    ]
+    with ThreadPoolExecutor(2) as pool:  # if one node fails, the other waits: show the first's
+        waiting = [pool.submit(finish, process) for process in processes]
+        printed = [done.result() for done in as_completed(waiting)]
     assert "".join(printed).count("val loss") == 3  # one process speaks
     assert_same_curve(tmp_path / "two", one_process("lora"))
     assert_same_files(tmp_path / "two", one_process("lora"))
@@ -177,13 +205,20 @@ def test_torchrun_with_two_nodes_gives_what_one_process_gives(
 
 @pytest.mark.parametrize(("method", "devices"), [("lora", "121"), ("lora", "212"), ("full", "212")])
 def test_a_run_goes_on_with_another_number_of_processes_and_back(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, one_process, method: str, devices: str, forked
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_data: Path,
+    one_process,
+    method: str,
+    devices: str,
+    forked,
 ) -> None:
     """Stopped by SIGTERM after some steps, twice."""
     flags = flags_of(method, tiny_checkpoint, tiny_data, tmp_path / "parts")
     for number, count in enumerate(devices):
         resume = ["--resume"] if number else []
-        process = forked(*flags, *resume, "--devices", count, "--train.log_interval", "1", PYTHONUNBUFFERED="1")
+        more = [*resume, "--devices", count, "--train.log_interval", "1"]
+        process = forked(*flags, *more, PYTHONUNBUFFERED="1")
         if number == len(devices) - 1:
             finish(process)
         else:
@@ -194,7 +229,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(
                 read += line
             process.send_signal(signal.SIGTERM)
             output = finish(process, 128 + signal.SIGTERM)
-            assert re.search(rf"stopped by SIGTERM after step \d. Go on with: python .*{method}.py.*--resume", output)
+            command = rf"python .*{method}.py.*--resume"
+            assert re.search(rf"stopped by SIGTERM after step \d. Resume with: {command}", output)
     assert_same_curve(tmp_path / "parts", one_process(method))
     assert_same_files(tmp_path / "parts", one_process(method))
 
@@ -204,11 +240,13 @@ def test_where_one_process_dies_the_other_ends_and_the_run_can_go_on(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, victim: str, forked
 ) -> None:
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out", steps=100_000)
-    flags += ["--train.save_interval", "1", "--train.epochs", "100000", "--train.eval_interval", "100000"]
+    flags += ["--train.save_interval", "1", "--train.epochs", "100000"]
+    flags += ["--train.eval_interval", "100000"]
     process = start(*flags, "--devices", "2", python=sys.executable, PYTHONUNBUFFERED="1")
-    for _ in range(600):
+    for _ in range(1800):
         if len(checkpoints(tmp_path / "out")) > 1:
             break
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [pid for pid in children if "finetune" in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -220,32 +258,36 @@ def test_where_one_process_dies_the_other_ends_and_the_run_can_go_on(
     assert process.returncode != 0
     assert "error: " in output or "terminated with code" in output, output
     left = Path(f"/proc/{workers[0]}/stat")
-    assert not left.exists() or ") Z " in left.read_text()  # gone, or a zombie that nobody has waited for
+    # gone, or a zombie that nobody has waited for
+    assert not left.exists() or ") Z " in left.read_text()
     reached = int(checkpoints(tmp_path / "out")[-1].name.removeprefix("step-"))
     flags[flags.index("--train.max_steps") + 1] = str(reached + 3)
     output = finish(forked(*flags, "--devices", "2", "--resume"))
-    assert f"going on after step {reached}" in output
+    assert f"resuming after step {reached}" in output
     assert [int(row["step"]) for row in rows_of(tmp_path / "out")] == list(range(1, reached + 4))
 
 
 def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(
-    tmp_path: Path, tiny_data: Path, forked
+    tmp_path: Path, forked
 ) -> None:
-    model = make_hf_model(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    model = make_hf_model(
+        vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=4
+    )
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
     script = tmp_path / "measure.py"
     script.write_text(
         textwrap.dedent(
             """
             import re, sys, threading, time
             from pathlib import Path
-            from lit_llama.distributed import local_part
-            from lit_llama.lora import LoRAConfig, apply_lora
-            from lit_llama.run import Run
+            import torch
+            from lit_llama.runtime.devices import setup_fabric, setup_model
+            from lit_llama.storage.model_folder import empty_model
+            from lit_llama.storage.shards import local_shard
 
             def private_bytes():
-                return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+                status = Path("/proc/self/status").read_text()
+                return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) * 1024
 
             def watch():
                 global peak
@@ -253,20 +295,20 @@ def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(
                     peak = max(peak, private_bytes())
                     time.sleep(0.0005)
 
-            checkpoint, data, out = map(Path, sys.argv[1:])
-            run = Run(out, checkpoint, data, devices=2, precision="32-true")
+            fabric = setup_fabric(2, 1, "32-true")
             peak = start = private_bytes()
             threading.Thread(target=watch, daemon=True).start()
-            model = run.build(lambda llama: llama.requires_grad_(True))
+            model = empty_model(sys.argv[1], torch.float32).requires_grad_(True)
+            model = setup_model(fabric, model, sys.argv[1])
             sizes = [p.numel() * p.element_size() for p in model.parameters()]
-            held = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
+            held = sum(local_shard(p).numel() * p.element_size() for p in model.parameters())
             # in one write: the processes share a pipe
             sys.stdout.write(f"sizes {sum(sizes)} {max(sizes)} {held} {peak - start}\\n")
             sys.stdout.flush()
             """
         )
     )
-    output = finish(forked(str(script), str(tmp_path / "model"), str(tiny_data), str(tmp_path / "out")))
+    output = finish(forked(str(script), str(tmp_path / "model")))
     found = re.findall(r"sizes (\d+) (\d+) (\d+) (\d+)", output)
     assert len(found) == 2, output
     for values in found:
@@ -279,9 +321,9 @@ def test_each_process_holds_its_part_of_the_weights_and_no_more_while_loading(
 
 def test_shares_of_a_step_are_all_of_it_and_equally_many() -> None:
     lengths = [50, 20, 90, 10, 70, 30, 60, 80]
-    whole = pack(range(8), lengths, 100)
+    whole = pack_micro_batches(range(8), lengths, 100)
     for world_size in (1, 2, 3, 7):
-        shares = [share(whole, rank, world_size) for rank in range(world_size)]
+        shares = [split_across_ranks(whole, rank, world_size) for rank in range(world_size)]
         assert len({len(part) for part in shares}) == 1
         assert sorted(ids for part in shares for ids in part if ids) == sorted(whole)
 
@@ -290,9 +332,10 @@ def test_wrong_numbers_of_processes_are_one_line(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, forked
 ) -> None:
     flags = flags_of("lora", tiny_checkpoint, tiny_data, tmp_path / "out")
+    torchrun = dict(TORCHELASTIC_RUN_ID="1", WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
     for more, env, message in (
-        (["--devices", "0"], {}, "--devices 0: should be at least 1"),
-        (["--devices", "2"], {"WORLD_SIZE": "3"}, "--devices 2 --num_nodes 1: torchrun has started 3 processes"),
+        (["--devices", "0"], {}, "--devices 0: should be INT >0"),
+        (["--devices", "2"], torchrun, "--devices 2 --num_nodes 1: You set `devices=2`"),
         (["--num_nodes", "2"], {}, "--num_nodes 2: on each node, set MASTER_ADDR"),
     ):
         lines = finish(forked(*flags, *more, **env), 2).splitlines()

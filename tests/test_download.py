@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_script, save_checkpoint_folder
+from conftest import ROOT, save_checkpoint_folder
+from hub import files_needed
 
 from lit_llama import UserError, load_model
 
-files_needed = load_script("scripts/download.py").files_needed
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What `huggingface_hub` asks for: the list of files, then each file's head and content, from a byte on."""
+    """The requests of `huggingface_hub`: a list of files, then head and content of each one."""
 
     protocol_version = "HTTP/1.1"
     repo_id = "owner/tiny"
@@ -28,7 +28,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     gets: list[tuple[str, str | None]]
     break_off_at: int
     break_offs: int  # how many more times
-    tamper: Callable[[bytes], bytes] = staticmethod(lambda content: content)  # what happens to weights on their way
+    tamper: Callable[[bytes], bytes] = staticmethod(
+        lambda content: content
+    )  # what happens to weights on their way
     sent_on_to = ""  # where requests for weights go instead
     more_names: tuple[str, ...] = ()  # in the list of files
 
@@ -43,12 +45,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             names = sorted(file.name for file in self.folder.iterdir())
             if self.repo_id not in path:
-                return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+                return self.send(
+                    404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}
+                )
             if "/tree/" in path:
-                body = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
-                        for name in names]  # fmt: skip
+                sizes = {name: (self.folder / name).stat().st_size for name in names}
+                body = [
+                    {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                    for name, size in sizes.items()
+                ]
             else:
-                siblings = [*map(self.sibling, names), *({"rfilename": name, "size": 1} for name in self.more_names)]
+                siblings = [
+                    *map(self.sibling, names),
+                    *({"rfilename": name, "size": 1} for name in self.more_names),
+                ]
                 body = {"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         file = self.folder / path.rpartition("/")[2]
@@ -90,7 +100,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name.endswith(".safetensors"):
             digest = hashlib.sha256(content).hexdigest()
             return known | {"lfs": {"sha256": digest, "size": len(content), "pointerSize": 130}}
-        git = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
+        git = subprocess.run(
+            ["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True
+        )
         return known | {"blobId": git.stdout.decode().strip()}
 
     def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -123,7 +135,9 @@ def download(python: str) -> Callable[..., subprocess.CompletedProcess]:
     return partial(run, python)
 
 
-def run(python: str, hub: str, folder: Path, repo_id: str = "owner/tiny") -> subprocess.CompletedProcess:
+def run(
+    python: str, hub: str, folder: Path, repo_id: str = "owner/tiny"
+) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
     command = [python, "scripts/download.py", "--repo_id", repo_id, "--checkpoint_dir", str(folder)]
@@ -133,7 +147,13 @@ def run(python: str, hub: str, folder: Path, repo_id: str = "owner/tiny") -> sub
 def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str, download) -> None:
     done = download(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    wanted = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {name for name, _ in Hub.gets} == wanted
     for name in wanted:
         assert (tmp_path / "owner/tiny" / name).read_bytes() == (Hub.folder / name).read_bytes()
@@ -144,7 +164,9 @@ def test_only_what_is_needed_comes_and_only_once(tmp_path: Path, hub: str, downl
     assert Hub.gets == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_stopped(tmp_path: Path, hub: str, download) -> None:
+def test_a_broken_connection_is_taken_up_where_it_stopped(
+    tmp_path: Path, hub: str, download
+) -> None:
     weights = Hub.folder / "model.safetensors"
     weights.write_bytes(os.urandom(24_000_000))  # the library writes pieces of 10 MB
     Hub.break_off_at, Hub.break_offs = 15_000_000, 1
@@ -154,12 +176,18 @@ def test_a_broken_connection_is_taken_up_where_it_stopped(tmp_path: Path, hub: s
     assert (tmp_path / "owner/tiny/model.safetensors").read_bytes() == weights.read_bytes()
 
 
-def test_what_is_missing_after_a_failure_comes_with_the_next_run(tmp_path: Path, hub: str, download) -> None:
+def test_what_is_missing_after_a_failure_comes_with_the_next_run(
+    tmp_path: Path, hub: str, download
+) -> None:
     Hub.break_off_at, Hub.break_offs = 30_000, 100
     broken = download(hub, tmp_path)
     assert broken.returncode == 1
     assert "Traceback" not in broken.stderr
-    assert ["Run this again" in line for line in broken.stderr.splitlines() if line.startswith("error: ")] == [True]
+    assert [
+        "Run this again" in line
+        for line in broken.stderr.splitlines()
+        if line.startswith("error: ")
+    ] == [True]
     assert not (tmp_path / "owner/tiny/model.safetensors").exists()
     Hub.break_offs = 0
     Hub.gets.clear()
@@ -169,7 +197,9 @@ def test_what_is_missing_after_a_failure_comes_with_the_next_run(tmp_path: Path,
     load_model(tmp_path / "owner/tiny")
 
 
-def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub: str, download) -> None:
+def test_unknown_repositories_and_no_connection_are_one_line(
+    tmp_path: Path, hub: str, download
+) -> None:
     for address, repo_id, message, status in (
         (hub, "owner/unknown", "no such model on the hub", 1),
         (hub, "a/b/c", "should be owner/name", 2),
@@ -178,13 +208,18 @@ def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub
         done = download(address, tmp_path, repo_id)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
-        assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+        assert [
+            message in line for line in done.stderr.splitlines() if line.startswith("error: ")
+        ] == [True]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])}, "is not what the hub says"),
+        (
+            {"tamper": lambda content: content[:-1] + bytes([content[-1] ^ 1])},
+            "is not what the hub says",
+        ),
         ({"tamper": lambda content: content[:-100]}, "broke off"),
         (
             {"sent_on_to": "http://192.0.2.1/model.safetensors"},
@@ -193,13 +228,17 @@ def test_unknown_repositories_and_no_connection_are_one_line(tmp_path: Path, hub
     ],
     ids=["one bit", "cut off", "sent on to http"],
 )
-def test_what_is_not_the_hubs_own_gets_no_place(tmp_path: Path, hub: str, change: dict, message: str, download) -> None:
+def test_what_is_not_the_hubs_own_gets_no_place(
+    tmp_path: Path, hub: str, change: dict, message: str, download
+) -> None:
     for name, value in change.items():
         setattr(Hub, name, staticmethod(value) if callable(value) else value)
     folder = tmp_path / "owner/tiny"
     done = download(hub, tmp_path)
     assert done.returncode == 1
-    assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True], done.stderr
+    assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        True
+    ], done.stderr
     assert "Traceback" not in done.stderr
     assert not folder.exists()
 
@@ -214,29 +253,56 @@ def test_a_file_that_has_changed_since_is_fetched_again(tmp_path: Path, hub: str
     assert sorted(name for name, _ in Hub.gets) == ["config.json", "model.safetensors"]
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "owner/tiny" / name).read_bytes() == (Hub.folder / name).read_bytes()
-    assert [path.name for path in (tmp_path / "owner").iterdir()] == ["tiny"]  # nothing temporary stays
+    assert [path.name for path in (tmp_path / "owner").iterdir()] == [
+        "tiny"
+    ]  # nothing temporary stays
 
 
 def test_a_hub_without_tls_is_refused_unless_it_is_here(tmp_path: Path, download) -> None:
     done = download("http://hub.example.com", tmp_path)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: http://hub.example.com: refused, only https")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: http://hub.example.com: refused, only https"
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin", "x.gguf"], ["config.json", "model.safetensors"]),
         (
-            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "original/a.pth"],
+            ["config.json", "model.safetensors", "pytorch_model.bin", "x.gguf"],
+            ["config.json", "model.safetensors"],
+        ),
+        (
+            [
+                "config.json",
+                "model-00001-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "original/a.pth",
+            ],
             ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
         ),
         (
-            ["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "tokenizer.model"],
-            ["config.json", "tokenizer.model", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+            [
+                "config.json",
+                "pytorch_model-00001-of-00001.bin",
+                "pytorch_model.bin.index.json",
+                "tokenizer.model",
+            ],
+            [
+                "config.json",
+                "tokenizer.model",
+                "pytorch_model-00001-of-00001.bin",
+                "pytorch_model.bin.index.json",
+            ],
         ),
         (
-            ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "adapter/adapter_config.json"],
+            [
+                "adapter_config.json",
+                "adapter_model.safetensors",
+                "optimizer.pt",
+                "adapter/adapter_config.json",
+            ],
             ["adapter_config.json", "adapter_model.safetensors", "adapter/adapter_config.json"],
         ),
     ],

@@ -1,4 +1,4 @@
-"""Dropout masks that follow the sample and not its neighbours."""
+"""Dropout masks that follow the sample and not the samples beside it."""
 
 import torch
 
@@ -7,14 +7,16 @@ from lit_llama.dropout import token_dropout, token_rows
 CPU = torch.device("cpu")
 
 
-def masks(sample_ids: list[int], lengths: list[int], seed: int = 0, step: int = 0, name: str = "a") -> list[list]:
-    """Each sample's mask, when these samples make a micro-batch."""
+def masks(
+    sample_ids: list[int], lengths: list[int], seed: int = 0, step: int = 0, name: str = "a"
+) -> list[list]:
+    """Return the mask of each sample of a micro-batch."""
     with token_rows(seed, step, sample_ids, lengths, CPU):
         dropped = token_dropout(torch.ones(sum(lengths), 64), 0.3, name)
     return [part.tolist() for part in dropped.split(lengths)]
 
 
-def test_a_samples_mask_is_the_same_whatever_lies_beside_it() -> None:
+def test_mask_of_a_sample_does_not_depend_on_its_micro_batch() -> None:
     together = masks([7, 3, 5], [10, 20, 30])
     assert together == [masks([7], [10])[0], *masks([3, 5], [20, 30])]
     assert together[::-1] == masks([5, 3, 7], [30, 20, 10])
@@ -30,7 +32,7 @@ def test_masks_differ_by_seed_step_sample_layer_and_token() -> None:
 
 
 def test_rate_and_scale_are_those_of_plain_dropout() -> None:
-    values = torch.tensor([value for part in masks([1, 2], [500, 700]) for row in part for value in row])
+    values = torch.cat([torch.tensor(mask).flatten() for mask in masks([1, 2], [500, 700])])
     torch.testing.assert_close(values.unique(), torch.tensor([0.0, 1 / 0.7]))
     # 76,800 draws: a standard deviation of 0.0017
     assert abs((values == 0).float().mean() - 0.3) < 0.01

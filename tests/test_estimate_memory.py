@@ -3,36 +3,33 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load_script, make_hf_model
 
-from lit_llama import cli, load_model
-from lit_llama.adapter import AdapterConfig, apply_adapter, apply_adapter_v2
+from lit_llama import dropout, load_model
 from lit_llama.dropout import token_rows
-from lit_llama.lora import LoRAConfig, apply_lora
+from lit_llama.fast import short_attention, use_fast_paths
+from lit_llama.runtime import cli
+from lit_llama.storage.methods import METHODS, FullConfig, Method
 
 SCRIPT = "scripts/estimate_memory.py"
 TOKENS = 120
 
 
 def estimate(monkeypatch, capsys, *flags: object) -> dict[str, float]:
-    """Bytes by what they are for."""
-    import lit_llama.dropout
-    import lit_llama.fast
-    import lit_llama.model
-
+    """Run the script; return bytes by purpose."""
     monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, flags)])
-    monkeypatch.setattr(lit_llama.model, "causal_attention", lit_llama.model.causal_attention)  # put back afterwards
-    caches = (lit_llama.dropout._keep_table, lit_llama.fast._causal_mask)
+    caches = (dropout._mask_table, short_attention._causal_mask)
     for cache in caches:
         cache.cache_clear()
     try:
         cli.run(load_script(SCRIPT).main)
     finally:
-        for cache in caches:  # what they hold now has no memory
+        for cache in caches:  # they hold fake tensors now
             cache.cache_clear()
     lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
     return {name.strip(): float(size) * 1e9 for name, size, _ in lines}
@@ -40,35 +37,33 @@ def estimate(monkeypatch, capsys, *flags: object) -> dict[str, float]:
 
 def allocated_at_most(trace: Path) -> int:
     """Bytes above those at the start of a profiled block, from the profiler's own events."""
-    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events = [
+        e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"
+    ]
     totals = [event["Total Allocated"] for event in events]
     return max(totals) - (totals[0] - events[0]["Bytes"])
 
 
-METHODS = {
-    "lora": lambda model: apply_lora(model, LoRAConfig()),
-    "adapter": lambda model: apply_adapter(model, AdapterConfig()),
-    "adapter_v2": lambda model: apply_adapter_v2(model, AdapterConfig()),
-    "full": lambda model: model.float().requires_grad_(True),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.script)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_activations_are_what_the_profiler_counts(
-    method: str, precision: str, tmp_path: Path, monkeypatch, capsys
+    method: Method, precision: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     make_hf_model(
         hidden_size=256, intermediate_size=512, num_hidden_layers=6, max_position_embeddings=256
     ).save_pretrained(tmp_path / "model")
-    flags = ["--model", tmp_path / "model", "--method", method, "--precision", precision, "--device", "cpu"]
-    sizes = estimate(monkeypatch, capsys, *flags, "--micro_batch_tokens", 16 * TOKENS, "--sample_tokens", TOKENS)
+    flags = ["--model", tmp_path / "model", "--method", method.script, "--device", "cpu"]
+    flags += ["--micro_batch_tokens", 16 * TOKENS, "--sample_tokens", TOKENS]
+    sizes = estimate(monkeypatch, capsys, *flags, "--precision", precision)
 
     dtype = torch.float32 if precision == "32-true" else torch.bfloat16
     model = load_model(tmp_path / "model", dtype=dtype).train()
-    METHODS[method](model)
+    settings = FullConfig(precision) if method.script == "full" else method.config()
+    method.apply(model, settings)
+    use_fast_paths(model)
     lengths, count = [TOKENS] * 16, 16 * TOKENS
     ids = torch.zeros(count, dtype=torch.long)
+    batch = dict(input_ids=ids, label_positions=torch.arange(count), labels=ids)
 
     def step() -> None:
         autocast = nullcontext()
@@ -76,7 +71,7 @@ def test_activations_are_what_the_profiler_counts(
             autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
         with token_rows(0, 0, list(range(16)), lengths, torch.device("cpu")):
             with autocast:
-                loss = model(input_ids=ids, lengths=lengths, positions=torch.arange(count), labels=ids)
+                loss = model(lengths=lengths, **batch)
             loss.backward()
 
     step()
@@ -93,6 +88,15 @@ def test_activations_are_what_the_profiler_counts(
     state = sum(t.nbytes for values in adamw.state.values() for t in values.values() if t.dim())
     assert sizes["optimizer"] == pytest.approx(state, abs=1e6)
     assert sizes["total"] == pytest.approx(sum(sizes.values()) - sizes["total"], abs=1e7)
+
+
+def test_a_new_method_is_estimated_by_the_table(monkeypatch, capsys) -> None:
+    new = replace(METHODS["LORA"], script="new")
+    monkeypatch.setitem(METHODS, "NEW", new)
+    lora = estimate(monkeypatch, capsys, "--model", "SmolLM2-135M", "--lora.r", "64")
+    for name in ("new", "NEW"):
+        flags = ["--model", "SmolLM2-135M", "--method", name, "--lora.r", "64"]
+        assert estimate(monkeypatch, capsys, *flags) == lora
 
 
 def test_what_saves_memory(monkeypatch, capsys) -> None:
@@ -113,10 +117,13 @@ def test_what_saves_memory(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "prefix"], "--method prefix: unknown. Known: lora, adapter, adapter_v2, full"),
-        (["--device", "tpu"], "--device tpu: unknown. Known: cuda, cpu"),
-        (["--devices", "0"], "--devices, --micro_batch_tokens, --sample_tokens: should be at least 1"),
-        (["--precision", "16"], "--precision 16: unknown"),
+        (
+            ["--method", "prefix"],
+            "--method prefix: unknown. Known: lora, adapter, adapter_v2, full",
+        ),
+        (["--device", "tpu"], "--device tpu: should be cuda|cpu"),
+        (["--devices", "0"], "--devices 0: should be INT >0"),
+        (["--precision", "16"], "--precision 16: should be bf16-mixed|bf16-true|32-true"),
         (["--model", "8B"], "'8B'"),
     ],
 )

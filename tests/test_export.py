@@ -1,4 +1,4 @@
-"""What the scripts leave behind in use elsewhere: `peft`, `transformers`; vLLM and llama.cpp as far as files tell."""
+"""Results of the scripts in `peft`, `transformers` and, as far as files tell, vLLM, llama.cpp."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_llama import cli, load_model
+from lit_llama import load_model
 from lit_llama.lora import load_lora
+from lit_llama.runtime import cli
 
 INPUT_IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(1))
 PROMPT = "jumps"
@@ -53,8 +54,9 @@ def train(call: Callable, base: Path, tiny_data: Path, tmp_path: Path) -> Callab
     """Finetunes with a script, far enough to change the answers; returns the run's folder."""
 
     def train(method: str, flags: str = "") -> Path:
-        common = f"--checkpoint_dir {base} --data_dir {tiny_data} --out_dir {tmp_path}/out --precision 32-true"
-        recipe = "--train.max_steps 6 --train.batch_size 16 --train.learning_rate 3e-2 --train.warmup_steps 0"
+        common = f"--checkpoint_dir {base} --data_dir {tiny_data} --out_dir {tmp_path}/out"
+        recipe = "--precision 32-true --train.max_steps 6 --train.batch_size 16"
+        recipe += " --train.learning_rate 3e-2 --train.warmup_steps 0"
         call(f"finetune/{method}.py", f"{common} {recipe} {flags}")
         return tmp_path / "out"
 
@@ -72,7 +74,9 @@ def greedy(model: nn.Module, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # published tokenizers put BOS in front themselves, this one only says so in its config
     ids = tokenizer(f"<s>{PROMPT}", add_special_tokens=False, return_tensors="pt").input_ids
-    new = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.size(1) :]
+    new = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+        0, ids.size(1) :
+    ]
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
@@ -101,13 +105,18 @@ def test_a_trained_lora_answers_alike_elsewhere(
     assert_same(in_peft(INPUT_IDS).logits, expected, before)
     assert greedy(in_peft, base) == answer
 
-    if "dora" not in flags:  # transformers 5.23 leaves DoRA's magnitudes out, those that peft has saved too
+    if (
+        "dora" not in flags
+    ):  # transformers 5.23 leaves DoRA's magnitudes out, those that peft has saved too
         in_transformers = hf_model(base)
         in_transformers.load_adapter(str(out))
         assert_same(in_transformers(INPUT_IDS).logits, expected, before)
         assert greedy(in_transformers, base) == answer
 
-    call("scripts/merge_lora.py", f"--lora_path {out} --out_dir {tmp_path}/merged --precision 32-true")
+    call(
+        "scripts/merge_lora.py",
+        f"--lora_path {out} --out_dir {tmp_path}/merged --precision 32-true",
+    )
     merged = hf_model(tmp_path / "merged")
     assert_same(merged(INPUT_IDS).logits, expected, before)
     assert (
@@ -119,32 +128,44 @@ def test_a_trained_lora_answers_alike_elsewhere(
 
 
 @torch.no_grad()
-def test_a_fully_finetuned_model_answers_alike_in_transformers(call: Callable, train: Callable, base: Path) -> None:
+def test_a_fully_finetuned_model_answers_alike_in_transformers(
+    call: Callable, train: Callable, base: Path
+) -> None:
     with torch.enable_grad():
         out = train("full", "--train.learning_rate 1e-2")
     theirs = hf_model(out)
     assert_same(
-        theirs(INPUT_IDS).logits, load_model(out, dtype=torch.float32)(INPUT_IDS), hf_model(base)(INPUT_IDS).logits
+        theirs(INPUT_IDS).logits,
+        load_model(out, dtype=torch.float32)(INPUT_IDS),
+        hf_model(base)(INPUT_IDS).logits,
     )
     assert greedy(theirs, out) == ask(call, "generate/full.py", f"--checkpoint_dir {out}")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
-def test_a_lora_of_peft_answers_alike_here(call: Callable, base: Path, tmp_path: Path, settings: dict) -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules="all-linear", **settings)
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"]
+)
+def test_a_lora_of_peft_answers_alike_here(
+    call: Callable, base: Path, tmp_path: Path, settings: dict
+) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules="all-linear", **settings
+    )
     theirs = get_peft_model(hf_model(base), config).eval()
     torch.manual_seed(3)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "lora")
-    answer = ask(call, "generate/lora.py", f"--lora_path {tmp_path}/lora")  # whose base is the folder that PEFT noted
+    answer = ask(
+        call, "generate/lora.py", f"--lora_path {tmp_path}/lora"
+    )  # whose base is the folder that PEFT noted
     assert answer == greedy(theirs, base) != greedy(hf_model(base), base)
 
 
 @pytest.mark.parametrize("flags", list(METHODS.values())[:3], ids=list(METHODS)[:3])
 def test_vllm_finds_in_a_lora_what_it_reads(train: Callable, base: Path, flags: str) -> None:
-    """`vllm/lora/peft_helper.py` reads the settings, `LoRAModel.from_local_checkpoint` the tensors."""
+    """vllm/lora/peft_helper.py reads the settings, LoRAModel.from_local_checkpoint the tensors."""
     out = train("lora", flags)
     settings = json.loads((out / "adapter_config.json").read_text())
     assert type(settings["r"]) is int
@@ -152,40 +173,67 @@ def test_vllm_finds_in_a_lora_what_it_reads(train: Callable, base: Path, flags: 
     assert type(settings["lora_alpha"]) in (int, float)
     assert type(settings["target_modules"]) in (list, str)
     assert settings["use_rslora"] == ("rslora" in flags)
-    assert (settings["bias"], settings["use_dora"], settings.get("modules_to_save")) == ("none", False, None)
-    linears = {name: module for name, module in hf_model(base).named_modules() if isinstance(module, nn.Linear)}
+    assert (settings["bias"], settings["use_dora"], settings.get("modules_to_save")) == (
+        "none",
+        False,
+        None,
+    )
+    linears = {
+        name: module
+        for name, module in hf_model(base).named_modules()
+        if isinstance(module, nn.Linear)
+    }
     sides: dict[str, dict[str, list[int]]] = {}
     for name, tensor in load_file(out / "adapter_model.safetensors").items():
         module, side = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name).groups()
         sides.setdefault(module, {})[side] = list(tensor.shape)
-    targets = "_proj" if settings["target_modules"] == "all-linear" else tuple(settings["target_modules"])
+    targets = (
+        "_proj" if settings["target_modules"] == "all-linear" else tuple(settings["target_modules"])
+    )
     assert sides.keys() == {name for name in linears if name.endswith(targets)}
     for name, shapes in sides.items():
         out_features, in_features = linears[name].weight.shape
-        assert shapes == {"lora_A": [settings["r"], in_features], "lora_B": [out_features, settings["r"]]}
+        assert shapes == {
+            "lora_A": [settings["r"], in_features],
+            "lora_B": [out_features, settings["r"]],
+        }
 
 
 def test_llama_cpp_finds_in_the_folders_what_it_converts(
     train: Callable, call: Callable, base: Path, tmp_path: Path
 ) -> None:
-    """Its converters map names with `gguf`; a LoRA's as `get_base_tensor_name` of convert_lora_to_gguf.py cuts them."""
+    """Names map with `gguf`; a LoRA's as in get_base_tensor_name of convert_lora_to_gguf.py."""
     out = train("lora", "--lora.targets [all-linear]")
     call("scripts/merge_lora.py", f"--lora_path {out} --out_dir {tmp_path}/merged")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     mapped = {}
     for file in (out / "adapter_model.safetensors", tmp_path / "merged/model.safetensors"):
-        stored = {re.sub(r"^base_model\.model\.|\.lora_[AB](?=\.weight$)", "", name) for name in load_file(file)}
-        mapped[file.parent.name] = {names.get_name(name, try_suffixes=(".weight",)) for name in stored}
+        stored = {
+            re.sub(r"^base_model\.model\.|\.lora_[AB](?=\.weight$)", "", name)
+            for name in load_file(file)
+        }
+        mapped[file.parent.name] = {
+            names.get_name(name, try_suffixes=(".weight",)) for name in stored
+        }
     parts = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
     linears = {f"blk.{layer}.{part}.weight" for layer in range(2) for part in parts}
     norms = {f"blk.{layer}.{part}_norm.weight" for layer in range(2) for part in ("attn", "ffn")}
     assert mapped["out"] == linears
-    assert mapped["merged"] == linears | norms | {"token_embd.weight", "output_norm.weight", "output.weight"}
+    assert mapped["merged"] == linears | norms | {
+        "token_embd.weight",
+        "output_norm.weight",
+        "output.weight",
+    }
 
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
-    vocab, special = gguf.vocab.BpeVocab(tmp_path / "merged"), gguf.SpecialVocab(tmp_path / "merged", load_merges=True)
+    assert {
+        tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()
+    } == {torch.bfloat16}
+    vocab, special = (
+        gguf.vocab.BpeVocab(tmp_path / "merged"),
+        gguf.SpecialVocab(tmp_path / "merged", load_merges=True),
+    )
     assert vocab.vocab_size == config["vocab_size"]
     assert special.special_token_ids == {"bos": 1, "eos": 2}
     assert special.merges == gguf.SpecialVocab(base, load_merges=True).merges != []

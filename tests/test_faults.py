@@ -1,5 +1,6 @@
-"""Disks, bytes, clocks and neighbours that fail a run: it says so in one line, and nothing that was good is lost."""
+"""Disks, bytes, clocks and other runs that fail a run: one line, and nothing good is lost."""
 
+import fcntl
 import io
 import json
 import os
@@ -13,11 +14,13 @@ import pytest
 from conftest import ROOT, load_script
 from test_resume import finetune, rows_of
 
-from lit_llama import UserError, loggers
-from lit_llama.checksums import CHECKSUMS, find_damage, write_checksums
-from lit_llama.run_folder import checkpoints, locked
+from lit_llama import UserError
+from lit_llama.runtime import loggers
+from lit_llama.storage.files import CHECKSUMS, verify_checksums, write_checksums
+from lit_llama.storage.run_folder import checkpoints
 
-CAMPAIGN = dict(flips=14, full_disks=2, small_disks=1, races=3, second_runs=2, swaps=100, damaged_sets=20, sharers=3)
+CAMPAIGN = dict(flips=14, full_disks=2, small_disks=1, races=3, second_runs=2)
+CAMPAIGN |= dict(corrupted_datasets=20, sharers=3)
 
 
 def test_a_small_campaign_of_faults_is_survived() -> None:
@@ -40,18 +43,22 @@ def test_checksums_are_those_of_zip(tmp_path: Path) -> None:
         for name in ("adapter/long", "empty"):
             archive.write(tmp_path / "folder" / name, name)
     write_checksums(tmp_path / "folder")
-    *lines, last = (tmp_path / "folder" / CHECKSUMS).read_text().splitlines()
+    lines = (tmp_path / "folder" / CHECKSUMS).read_text().splitlines()
     assert lines == [f"{entry.CRC:08x}  {entry.filename}" for entry in archive.infolist()]
-    assert last.endswith(f"  {CHECKSUMS}")
-    assert find_damage(tmp_path / "folder") is None
+    assert verify_checksums(tmp_path / "folder") is None
     (tmp_path / "folder/notes").write_text("a file of the user's own")
-    assert find_damage(tmp_path / "folder") is None
+    assert verify_checksums(tmp_path / "folder") is None
 
 
-@pytest.mark.parametrize("text", ["", "\n", f"00000000  {CHECKSUMS}", "no sum\n8abf4ad7  checksums.txt\n", "\0\n\xff"])
-def test_checksums_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
-    (tmp_path / CHECKSUMS).write_text(text, "latin1")
-    assert find_damage(tmp_path)
+def test_checksums_of_version_1_4_are_read(tmp_path: Path) -> None:
+    """Their last line was for the lines above it."""
+    (tmp_path / "file").write_text("content")
+    write_checksums(tmp_path)
+    with (tmp_path / CHECKSUMS).open("a") as file:
+        file.write(f"8abf4ad7  {CHECKSUMS}\n")
+    assert verify_checksums(tmp_path) is None
+    (tmp_path / "file").write_text("contend")
+    assert verify_checksums(tmp_path) == "file: missing or corrupted"
 
 
 def damage(folder: Path) -> None:
@@ -68,13 +75,17 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(
     damage(newest)
     damage(before)
     left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"no whole checkpoint is left \(step-000003/state.json: damaged.*step-000002/"):
+    with pytest.raises(
+        UserError, match=r"no valid checkpoint is left \(step-000003/state.json: .*step-000002/"
+    ):
         finetune(out, tiny_checkpoint, tiny_data, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
     # nor does a run begin anew where they have been set aside
     newest.rename(out / "step-000003.damaged")
     before.rename(out / "step-000002.damaged")
-    with pytest.raises(UserError, match=r"no whole checkpoint is left \(step-000002.damaged; step-000003.damaged\)"):
+    with pytest.raises(
+        UserError, match=r"no valid checkpoint is left \(step-000002.damaged; step-000003.da"
+    ):
         finetune(out, tiny_checkpoint, tiny_data, resume=True)
 
 
@@ -88,24 +99,27 @@ def test_a_checkpoint_can_be_damaged_twice_and_one_without_checksums_is_read(
         damage(out / "step-000003")
         capsys.readouterr()
         finetune(out, tiny_checkpoint, tiny_data, resume=True, train=dict(keep_last=2))
-        line = f"{out}/step-000003/state.json: damaged or cut off; set aside as {aside}, going on from step-000002"
-        assert line in capsys.readouterr().err.splitlines()
+        line = f"{out}/step-000003/state.json: missing or corrupted; set aside as {aside}"
+        assert f"{line}, resuming from step-000002" in capsys.readouterr().err.splitlines()
     assert [row[0] for row in rows_of(out)] == ["step", "1", "2", "3"]
     assert [folder.name for folder in checkpoints(out)] == ["step-000002", "step-000003"]
 
 
-def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch
+) -> None:
     def unsupported(*args) -> None:
         raise OSError(95, "Operation not supported")
 
-    with locked(tmp_path), pytest.raises(UserError, match="another run is using this folder"), locked(tmp_path):
-        pass
-    with locked(tmp_path, shared=True), locked(tmp_path, shared=True):
-        pass
+    out = tmp_path / "out"
+    finetune(out, tiny_checkpoint, tiny_data, train=dict(max_steps=1))
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is using this folder"):
+        finetune(out, tiny_checkpoint, tiny_data, resume=True)
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with locked(tmp_path), locked(tmp_path):
-        pass
-    assert not list(tmp_path.iterdir())
+    finetune(out, tiny_checkpoint, tiny_data, resume=True)
+    os.close(descriptor)
 
 
 class Terminal(io.StringIO):
@@ -142,7 +156,7 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_a_logger_that_hangs_at_the_end_holds_nothing_back(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch
 ) -> None:
-    """Result, checkpoint and metrics are whole before it is waited for: who loses patience may kill the run."""
+    """Result, checkpoint and metrics are complete before the logger is closed."""
     out, left = tmp_path / "out", {}
 
     class Logger:
@@ -150,15 +164,15 @@ def test_a_logger_that_hangs_at_the_end_holds_nothing_back(
 
         def save(self) -> None: ...
 
-    def hanging(logger: Logger, status: str) -> None:
-        left.update({path: path.read_bytes() for path in out.rglob("*") if path.is_file()})
-        raise KeyboardInterrupt
+        def finalize(self, status: str) -> None:
+            left.update({path: path.read_bytes() for path in out.rglob("*") if path.is_file()})
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(loggers, "open_logger", lambda *args: Logger())
-    monkeypatch.setattr(loggers, "close", hanging)
     with pytest.raises(KeyboardInterrupt):
         finetune(out, tiny_checkpoint, tiny_data, logger="tensorboard")
     assert left == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert find_damage(out / "step-000003") is None
+    assert verify_checksums(out / "step-000003") is None
     assert rows_of(out)[-1][0] == "3"
-    load_script("generate/lora.py").main(lora_path=[out], prompt="Hello", max_new_tokens=3)
+    generate = load_script("generate/lora.py")
+    generate.main(generate.AnswerArgs(prompt="Hello", max_new_tokens=3), lora_path=[out])

@@ -56,7 +56,7 @@ TASKS = ["local_choice", "local_answer", "local_text"]
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks over the same questions: letters to choose from, longer answers, one text beyond the context."""
+    """Three tasks over the same questions: letters, longer answers, a text beyond the context."""
     folder = tmp_path_factory.mktemp("tasks")
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog,", "né", "🦙"]
     questions = [" ".join((words * 60)[n : n + 3 + 5 * n]) for n in range(11)]
@@ -66,9 +66,14 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": question, "choices": own, "label": n % 4}
         for n, (question, own) in enumerate(zip(questions, choices, strict=True))
     ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    (folder / "questions.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), "utf-8"
+    )
     for name, text in zip(TASKS, (CHOICE, ANSWER, TEXT), strict=True):
-        source = {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")}
+        source = {
+            "data_files": {"test": str(folder / "questions.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        }
         head = f"dataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: test"
         (folder / f"{name}.yaml").write_text(head + text, "utf-8")
     return folder
@@ -76,23 +81,32 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with BOS", "without BOS"])
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A model whose tokenizer puts BOS in front, the way that `transformers` sees it too, or does not."""
+    """A model whose tokenizer puts BOS in front, for `transformers` too, or does not."""
     folder = tmp_path_factory.mktemp("model")
     save_checkpoint_folder(folder, num_key_value_heads=2)
     if request.param:
         backend = Backend.from_file(str(folder / "tokenizer.json"))
-        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        backend.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 1)]
+        )
         backend.save(str(folder / "tokenizer.json"))
-    template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
-    options = dict(bos_token="<s>", eos_token="</s>", add_bos_token=request.param, chat_template=template)
-    options["tokenizer_class"] = "PreTrainedTokenizerFast"  # else transformers 5.0 makes another one of tokenizer.json
+    turns = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    template = f"{{{{ bos_token }}}}{turns}<|im_start|>"
+    options = dict(
+        bos_token="<s>", eos_token="</s>", add_bos_token=request.param, chat_template=template
+    )
+    options["tokenizer_class"] = (
+        "PreTrainedTokenizerFast"  # else transformers 5.0 makes another one of tokenizer.json
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
     return folder
 
 
 def evaluate(model: lm_eval.api.model.LM, task_folder: Path, **flags) -> dict:
     manager = TaskManager(include_path=str(task_folder), include_defaults=False)
-    return lm_eval.simple_evaluate(model, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **flags)
+    return lm_eval.simple_evaluate(
+        model, tasks=TASKS, task_manager=manager, bootstrap_iters=0, **flags
+    )
 
 
 def ours(checkpoint: Path, batch_tokens: int) -> "harness.LitLLaMA":
@@ -101,7 +115,9 @@ def ours(checkpoint: Path, batch_tokens: int) -> "harness.LitLLaMA":
 
 
 @pytest.mark.parametrize(
-    ("batch_tokens", "flags"), [(40, {}), (2000, {"num_fewshot": 1}), (300, {"apply_chat_template": True})], ids=str
+    ("batch_tokens", "flags"),
+    [(40, {}), (2000, {"num_fewshot": 1}), (300, {"apply_chat_template": True})],
+    ids=str,
 )
 def test_answers_and_figures_are_those_of_hf(
     checkpoint: Path, task_folder: Path, batch_tokens: int, flags: dict
@@ -111,7 +127,10 @@ def test_answers_and_figures_are_those_of_hf(
     found = evaluate(ours(checkpoint, batch_tokens), task_folder, **flags)
     for task in TASKS:
         responses = [
-            [sample["resps"] for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"])]
+            [
+                sample["resps"]
+                for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+            ]
             for result in (found, expected)
         ]
         if task == "local_answer":
@@ -120,28 +139,46 @@ def test_answers_and_figures_are_those_of_hf(
             assert len(set(texts)) > 5
             assert not any(stop in text for text in texts for stop in ("q", "ov"))
         elif task == "local_text":
-            assert responses[0] == [[[pytest.approx(value, abs=1e-3)]] for ((value,),) in responses[1]]
+            assert responses[0] == [
+                [[pytest.approx(value, abs=1e-3)]] for ((value,),) in responses[1]
+            ]
         else:
             for own, other in zip(*responses, strict=True):
-                assert own == [[(pytest.approx(value, abs=1e-4), greedy)] for ((value, greedy),) in other]
+                assert own == [
+                    [(pytest.approx(value, abs=1e-4), greedy)] for ((value, greedy),) in other
+                ]
         values, others = (
-            {name: value for name, value in result["results"][task].items() if isinstance(value, float)}
+            {
+                name: value
+                for name, value in result["results"][task].items()
+                if isinstance(value, float)
+            }
             for result in (found, expected)
         )
         assert values == pytest.approx(others, rel=1e-4)
 
 
-def test_the_script_prints_lm_evals_table(tmp_path: Path, tiny_checkpoint: Path, task_folder: Path, capsys) -> None:
+def test_the_script_prints_lm_evals_table(
+    tmp_path: Path, tiny_checkpoint: Path, task_folder: Path, capsys
+) -> None:
     flags = dict(tasks=["local_ch*", "local_text"], include_path=task_folder, precision="32-true")
-    harness.main(checkpoint_dir=tiny_checkpoint, limit=4, out_file=tmp_path / "results.json", **flags)
+    harness.main(
+        checkpoint_dir=tiny_checkpoint, limit=4, out_file=tmp_path / "results.json", **flags
+    )
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results["n-samples"]["local_choice"] == {"original": 11, "effective": 4}
-    for task, metric in (("local_choice", "acc"), ("local_choice", "acc_norm"), ("local_text", "bits_per_byte")):
+    for task, metric in (
+        ("local_choice", "acc"),
+        ("local_choice", "acc_norm"),
+        ("local_text", "bits_per_byte"),
+    ):
         assert f"{results['results'][task][f'{metric},none']:.4f}" in printed
     model, config = load_model(tiny_checkpoint, dtype=torch.float32), LoRAConfig()
     apply_lora(model, config)
-    save_lora(dict(model.named_parameters()), tmp_path / "lora", config, str(tiny_checkpoint), "alpaca")
+    save_lora(
+        dict(model.named_parameters()), tmp_path / "lora", config, str(tiny_checkpoint), "alpaca"
+    )
     harness.main(lora_path=tmp_path / "lora", limit=4, **flags)
     assert capsys.readouterr().out == printed  # an untrained LoRA changes nothing
 
@@ -160,9 +197,11 @@ def test_an_answer_is_put_into_the_template_of_the_training(tiny_checkpoint: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tasks": ["no_such_task"]}, r"--tasks no_such_task: no task is called that.*--include_path"),
+        (
+            {"tasks": ["no_such_task"]},
+            r"--tasks no_such_task: no task is called that.*--include_path",
+        ),
         ({"tasks": []}, r"--tasks: name at least one"),
-        ({"limit": 0}, r"--limit: more than 0"),
         ({"template": "alpaca"}, r"--template alpaca: .*--apply_chat_template"),
         ({"template": "vicuna", "apply_chat_template": True}, r"unknown template 'vicuna'"),
         ({"out_file": "there.json"}, r"--out_file there.json: exists already"),
@@ -170,7 +209,10 @@ def test_an_answer_is_put_into_the_template_of_the_training(tiny_checkpoint: Pat
         ({"lora_path": "none"}, r"none: no adapter_config.json"),
         ({"gone": True}, r"--tasks: what a task needs is not here .*questions.jsonl"),
         ({"ask": "num_beams: 4"}, r"generation_kwargs ask for \['num_beams'\]"),
-        ({"ask": "max_gen_toks: 512"}, r"a task asks for 512 new tokens, the model's context holds 512"),
+        (
+            {"ask": "max_gen_toks: 512"},
+            r"a task asks for 512 new tokens, the model's context holds 512",
+        ),
     ],
     ids=str,
 )
@@ -183,12 +225,20 @@ def test_mistakes_are_one_line(
     shutil.copytree(task_folder, "tasks")
     answer = Path("tasks/local_answer.yaml")
     if "ask" in flags:
-        answer.write_text(answer.read_text("utf-8").replace("max_gen_toks: 16", flags["ask"]), "utf-8")
+        answer.write_text(
+            answer.read_text("utf-8").replace("max_gen_toks: 16", flags["ask"]), "utf-8"
+        )
     if "gone" in flags:
         answer.write_text(answer.read_text("utf-8").replace(str(task_folder), "gone"), "utf-8")
     given = {name: value for name, value in flags.items() if name not in ("ask", "gone")}
-    paths = {name: Path(value) for name, value in given.items() if name in ("out_file", "include_path", "lora_path")}
-    defaults = dict(tasks=["local_answer"], checkpoint_dir=tiny_checkpoint, include_path=Path("tasks"), limit=1)
+    paths = {
+        name: Path(value)
+        for name, value in given.items()
+        if name in ("out_file", "include_path", "lora_path")
+    }
+    defaults = dict(
+        tasks=["local_answer"], checkpoint_dir=tiny_checkpoint, include_path=Path("tasks"), limit=1
+    )
     with pytest.raises(UserError, match=message) as error:
         harness.main(**(defaults | given | paths))
     assert "\n" not in str(error.value)
@@ -204,5 +254,7 @@ def own_tasks_only(init):
 
 def test_without_lm_eval_a_line_says_how_to_install_it(monkeypatch) -> None:
     monkeypatch.setattr(harness, "TemplateLM", object)
-    with pytest.raises(UserError, match=r"lm-eval is not installed: pip install -c constraints.txt -e '\.\[eval\]'"):
+    with pytest.raises(
+        UserError, match=r"lm-eval is not installed: pip install -c constraints.txt -e '\.\[eval\]'"
+    ):
         harness.main(tasks=["arc_easy"])

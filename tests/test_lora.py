@@ -1,4 +1,4 @@
-"""LoRA against `peft`: files both ways, merging, and a training run."""
+"""LoRA against `peft`: files both ways, gradients, merging, and a training run."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,15 @@ from conftest import load_script, make_hf_model, save_checkpoint_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
+from test_training import start_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_llama import LLaMA, UserError, load_model
-from lit_llama.data import PreparedSet, step_samples
+from lit_llama.data import sample_indices
 from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, merge_lora, save_lora
-from lit_llama.methods import training_template
-from lit_llama.run import Run
+from lit_llama.runtime.args import RunArgs
+from lit_llama.storage.methods import training_template
 from lit_llama.training import TrainArgs, fit, make_optimizer
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def randomized(model: LLaMA) -> LLaMA:
-    """B away from zero, where a LoRA does nothing, and DoRA's lengths away from those of the weights."""
+    """Move B away from zero, where a LoRA does nothing, and DoRA's magnitude from the norms."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -60,7 +61,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 OUR_SETTINGS = {
     "q, v": dict(targets=("q_proj", "v_proj")),
-    "all": dict(targets=ALL),
+    "all": dict(targets=ALL, dropout=0.0),
     "all-linear": dict(targets=("all-linear",)),
     "one layer": dict(targets=("layers.1.mlp.up_proj", "k_proj")),
     "rsLoRA": dict(targets=("q_proj", "v_proj"), use_rslora=True),
@@ -71,7 +72,9 @@ OUR_SETTINGS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", OUR_SETTINGS.values(), ids=OUR_SETTINGS)
-def test_our_lora_gives_the_same_logits_in_peft(folder: Path, tmp_path: Path, settings: dict) -> None:
+def test_our_lora_gives_the_same_logits_in_peft(
+    folder: Path, tmp_path: Path, settings: dict
+) -> None:
     model, config = with_lora(folder, r=4, alpha=12, **settings)
     save_lora(dict(model.named_parameters()), tmp_path / "lora", config, base_model=str(folder))
     base = load_model(folder, dtype=torch.float32)(INPUT_IDS)
@@ -88,22 +91,40 @@ PEFT_SETTINGS = {
         rank_pattern={"down_proj": 6},
         alpha_pattern={"layers.1.self_attn.q_proj": 3},
     ),
-    "alpha of a full name": dict(r=4, target_modules=["q_proj"], alpha_pattern={"model.layers.0.self_attn.q_proj": 64}),
+    "alpha of a full name": dict(
+        r=4,
+        target_modules=["q_proj"],
+        alpha_pattern={"model.layers.0.self_attn.q_proj": 64},
+    ),
     "alpha of a regular expression": dict(
-        r=4, target_modules=["q_proj"], alpha_pattern={r"^model\.layers\.0\..*q_proj": 64}
+        r=4,
+        target_modules=["q_proj"],
+        alpha_pattern={r"^model\.layers\.0\..*q_proj": 64},
     ),
     "head": dict(r=4, target_modules=["lm_head", "q_proj"]),
-    "rsLoRA": dict(r=4, target_modules=["q_proj", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 6}),
+    "rsLoRA": dict(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        use_rslora=True,
+        rank_pattern={"v_proj": 6},
+    ),
     "DoRA": dict(r=4, target_modules="all-linear", use_dora=True),
     "rsLoRA and DoRA": dict(r=4, target_modules="all-linear", use_dora=True, use_rslora=True),
     "regular expression": dict(r=2, target_modules=r".*layers\.1\.(self_attn|mlp)\.(k|up)_proj"),
-    "one layer": dict(r=2, target_modules=["o_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "one layer": dict(
+        r=2,
+        target_modules=["o_proj"],
+        layers_to_transform=[1],
+        layers_pattern="layers",
+    ),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", PEFT_SETTINGS.values(), ids=PEFT_SETTINGS)
-def test_pefts_lora_gives_the_same_logits_here(folder: Path, tmp_path: Path, settings: dict) -> None:
+def test_lora_of_peft_gives_the_same_logits_here(
+    folder: Path, tmp_path: Path, settings: dict
+) -> None:
     theirs = randomized(peft_model(folder, **settings)).eval()
     theirs.save_pretrained(tmp_path / "lora")
     model = load_model(folder, dtype=torch.float32)
@@ -120,49 +141,41 @@ def test_merged_equals_unmerged_and_leaves_a_plain_model(folder: Path, settings:
     expected = model(INPUT_IDS)
     before = (folder / "model.safetensors").read_bytes()
     merge_lora(model)
-    # fp32: each sum is rounded elsewhere, which in one logit of 30,000 comes to more than 1e-5
+    # fp32: sums are rounded elsewhere, by more than 1e-5 in one logit of 30,000
     torch.testing.assert_close(model(INPUT_IDS), expected, atol=2e-5, rtol=1e-5)
     assert (model(INPUT_IDS) - expected).norm() < 2e-6 * expected.norm()
-    names = set(load_model(folder).state_dict())
-    assert set(model.state_dict()) == names
-    assert (folder / "model.safetensors").read_bytes() == before  # whose mapped pages the weights were
+    assert set(model.state_dict()) == set(load_model(folder).state_dict())
+    # The weights were memory-mapped from this file.
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @torch.no_grad()
 def test_merging_into_bf16_rounds_once(folder: Path) -> None:
     model, _ = with_lora(folder, r=4)
-    exact = load_model(folder, dtype=torch.float32)
-    merged = load_model(folder, dtype=torch.bfloat16)
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            setattr(merged.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
-            module.base.weight = torch.nn.Parameter(module.base.weight.bfloat16(), requires_grad=False)
-    expected = {
-        name: (exact.get_submodule(name).weight.bfloat16().double() + module.scaling * product(module)).float()
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
-    merge_lora(merged)
+    loras = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    expected = {}
+    for name, lora in loras.items():
+        rounded = lora.base.weight.bfloat16()
+        lora.base.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        update = lora.lora_B.weight.double() @ lora.lora_A.weight.double()
+        expected[name] = (rounded.double() + lora.scaling * update).float()
+    merge_lora(model)
     for name, weight in expected.items():
-        actual = merged.get_submodule(name).weight
+        actual = model.get_submodule(name).weight
         assert actual.dtype == torch.bfloat16
         # at most the nearest bf16 number away: half a unit in the last of 8 bits
         assert ((actual.float() - weight).abs() <= weight.abs() * 2**-8).all()
 
 
-def product(module: LoRALinear) -> Tensor:
-    return module.lora_B.weight.double() @ module.lora_A.weight.double()
-
-
-def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
+def test_only_the_lora_trains_and_starts_as_in_the_paper(folder: Path) -> None:
     model = load_model(folder, dtype=torch.float32)
     expected = model(INPUT_IDS)
     torch.manual_seed(0)
-    apply_lora(model, LoRAConfig(r=4, targets=ALL))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    apply_lora(model, LoRAConfig(r=4, dropout=0.0, targets=ALL))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
     theirs = peft_model(folder, r=4, target_modules=list(ALL))
-    assert len(trained) == sum(parameter.requires_grad for parameter in theirs.parameters())
+    assert len(trained) == sum(p.requires_grad for p in theirs.parameters())
     torch.testing.assert_close(model(INPUT_IDS), expected, atol=0, rtol=0)
     # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in_features)
     weight = model.layers[0].mlp.down_proj.lora_A.weight
@@ -170,44 +183,42 @@ def test_only_the_lora_trains_and_starts_as_the_papers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_gradients_are_pefts(tmp_path: Path, dora: bool) -> None:
-    """With biases, and DoRA's length taken as a constant."""
+def test_gradients_match_peft(tmp_path: Path, dora: bool) -> None:
+    """With biases, and with DoRA's norm as a constant."""
     make_hf_model(num_key_value_heads=2, attention_bias=True).save_pretrained(tmp_path / "base")
-    model, config = with_lora(tmp_path / "base", r=4, targets=("q_proj", "down_proj"), use_dora=dora)
+    settings = dict(targets=("q_proj", "down_proj"), use_dora=dora)
+    model, config = with_lora(tmp_path / "base", r=4, **settings)
     save_lora(dict(model.named_parameters()), tmp_path / "lora", config)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path / "lora", is_trainable=True).eval()
     model(INPUT_IDS).square().mean().backward()
     theirs(INPUT_IDS).logits.square().mean().backward()
-    ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    expected = {
-        name.removeprefix("base_model.model.model.").replace(".default", "").removesuffix("_vector.weight"): p.grad
-        for name, p in theirs.named_parameters()
-        if p.requires_grad
-    }
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     assert len(ours) == len(expected) == 4 * (3 if dora else 2)
     for name, gradient in ours.items():
-        reference = expected[name.removesuffix("_vector")]
+        layer, kind = name.removesuffix(".weight").rsplit(".", 1)
+        reference = expected[f"base_model.model.model.{layer}.{kind}.default.weight"]
         assert reference.norm() > 0
         assert (gradient - reference).norm() < 1e-4 * reference.norm(), name  # fp32
 
 
 def test_loraplus_raises_the_learning_rate_of_b(folder: Path) -> None:
-    """Against peft's own LoRA+ optimizer."""
+    """Against the LoRA+ optimizer of `peft`."""
     config = LoRAConfig(r=4, loraplus_lr_ratio=16)
     model = load_model(folder, dtype=torch.float32)
     apply_lora(model, config)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = make_optimizer(trained, TrainArgs(learning_rate=1e-3), config.learning_rate_ratio).param_groups
-    ours = {1e-3 * group["ratio"]: sum(p.numel() for p in group["params"]) for group in groups}
-    theirs = create_loraplus_optimizer(
-        peft_model(folder, r=4, target_modules=["q_proj", "v_proj"]), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16
-    )
-    expected = {g["lr"]: sum(p.numel() for p in g["params"]) for g in theirs.param_groups if g["params"]}
-    assert ours == expected
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = make_optimizer(trained, TrainArgs(learning_rate=1e-3), {"LORA": config})
+    ours = {1e-3 * g["ratio"]: sum(p.numel() for p in g["params"]) for g in ours.param_groups}
+    their_model = peft_model(folder, r=4, target_modules=["q_proj", "v_proj"])
+    settings = dict(lr=1e-3, loraplus_lr_ratio=16)
+    theirs = create_loraplus_optimizer(their_model, torch.optim.AdamW, **settings)
+    groups = [group for group in theirs.param_groups if group["params"]]
+    assert ours == {g["lr"]: sum(p.numel() for p in g["params"]) for g in groups}
 
 
-def test_template_is_in_the_file_and_absent_from_pefts(folder: Path, tmp_path: Path) -> None:
+def test_template_is_in_our_file_and_missing_in_that_of_peft(folder: Path, tmp_path: Path) -> None:
     model, config = with_lora(folder)
     save_lora(dict(model.named_parameters()), tmp_path / "ours", config, template="chatml")
     assert training_template(tmp_path / "ours") == "chatml"
@@ -215,7 +226,7 @@ def test_template_is_in_the_file_and_absent_from_pefts(folder: Path, tmp_path: P
     assert training_template(tmp_path / "theirs") is None
 
 
-def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> None:
+def test_files_have_the_names_and_settings_of_peft(folder: Path, tmp_path: Path) -> None:
     model, config = with_lora(folder, r=4, alpha=12, dropout=0.1)
     save_lora(dict(model.named_parameters()), tmp_path / "ours", config, base_model="base")
     settings = dict(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
@@ -223,9 +234,11 @@ def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> No
     names = []
     for path in (tmp_path / "ours", tmp_path / "theirs"):
         with safe_open(path / "adapter_model.safetensors", "pt") as handle:
-            names.append({name: handle.get_tensor(name).shape for name in handle.keys()})  # noqa: SIM118
+            keys = handle.keys()
+            names.append({name: handle.get_tensor(name).shape for name in keys})
     assert names[0] == names[1]
-    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
+    files = (tmp_path / name / "adapter_config.json" for name in ("ours", "theirs"))
+    ours, theirs = (json.loads(file.read_text()) for file in files)
     for key, value in ours.items():
         if key == "target_modules":
             assert sorted(value) == sorted(theirs[key])
@@ -242,52 +255,48 @@ def test_files_have_pefts_names_and_settings(folder: Path, tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused(folder: Path, tmp_path: Path, setting: dict) -> None:
-    peft_model(folder, r=4, target_modules=["q_proj"], **setting).save_pretrained(tmp_path / "lora")
+def test_unsupported_settings_are_refused(folder: Path, tmp_path: Path, setting: dict) -> None:
+    theirs = peft_model(folder, r=4, target_modules=["q_proj"], **setting)
+    theirs.save_pretrained(tmp_path / "lora")
     with pytest.raises(UserError, match=f"{next(iter(setting))} is .*not supported"):
         load_lora(load_model(folder), tmp_path / "lora")
 
 
 def test_merged_folder_loads_in_transformers(tmp_path: Path) -> None:
-    save_checkpoint_folder(tmp_path / "base")
-    model, config = with_lora(tmp_path / "base", r=4)
-    save_lora(dict(model.named_parameters()), tmp_path / "lora", config, base_model=str(tmp_path / "base"))
-    load_script("scripts/merge_lora.py").main(tmp_path / "lora", tmp_path / "merged", precision="32-true")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base, path, merged = (tmp_path / name for name in ("base", "lora", "merged"))
+    save_checkpoint_folder(base)
+    model, config = with_lora(base, r=4)
+    save_lora(dict(model.named_parameters()), path, config, base_model=str(base))
+    load_script("scripts/merge_lora.py").main(path, merged, precision="32-true")
+    theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
         assert_close(theirs(INPUT_IDS).logits, model(INPUT_IDS))
-    assert (tmp_path / "merged/tokenizer.json").is_file()
+    assert (merged / "tokenizer.json").is_file()
 
 
-def make_run(checkpoint: Path, data: Path, out_dir: Path, **settings) -> Run:
-    defaults = dict(devices=1, num_nodes=1, precision="32-true", seed=7, resume=False)
-    return Run(checkpoint_dir=checkpoint, data_dir=data, out_dir=out_dir, **(defaults | settings))
-
-
-def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
-    """Same start, same samples: our padding-free loop against `peft`, `torch` and one sample at a time."""
+def test_twenty_steps_follow_a_plain_peft_loop(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+) -> None:
+    """Our packed loop against `peft`, `torch` and one sample at a time, from the same start."""
     config = LoRAConfig(r=4, alpha=16, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
-    run = make_run(tiny_checkpoint, tiny_data, tmp_path / "out")
-    model = run.build(lambda llama: apply_lora(llama, config))
+    run = RunArgs(tmp_path / "out", tiny_checkpoint, tiny_data, precision="32-true", seed=7)
+    fabric, dataset, model = start_run(run, lambda model: apply_lora(model, config))
     save_lora(dict(model.module.named_parameters()), tmp_path / "start", config)
-    args = TrainArgs(batch_size=4, micro_batch_tokens=256, max_steps=20, learning_rate=1e-2, schedule="constant")
-    args.warmup_steps, args.max_grad_norm, args.weight_decay = 0, 0.5, 0.1
-    fit(run, model, args, lambda folder, tensors: save_lora(dict(tensors), folder, config))
-    rows = [line.split(",") for line in (tmp_path / "out/metrics.csv").read_text().splitlines()[1:]]
-    losses, norms = ([float(row[column]) for row in rows] for column in (3, 6))
+    train = TrainArgs(batch_size=4, micro_batch_tokens=256, max_steps=20, learning_rate=1e-2)
+    train.schedule, train.warmup_steps = "constant", 0
+    train.max_grad_norm, train.weight_decay = 0.5, 0.1
+    fit(fabric, model, dataset, {"LORA": config}, train, run, flags={})
+    lines = (tmp_path / "out/metrics.csv").read_text().splitlines()[1:]
+    losses, norms = ([float(line.split(",")[column]) for line in lines] for column in (3, 6))
 
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32),
-        tmp_path / "start",
-        is_trainable=True,
-    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2, betas=(0.9, 0.999), weight_decay=0.1)
-    data = PreparedSet(tiny_data / "train.safetensors")
-    expected, expected_norms = [], []
+    data, expected, expected_norms = dataset.train, [], []
     for step in range(20):
         total, count = torch.zeros(()), 0
-        for index in step_samples(range(4 * step, 4 * step + 4), len(data), seed=7):
+        for index in sample_indices(range(4 * step, 4 * step + 4), len(data), seed=7):
             start = sum(data.lengths[:index])
             ids = data.tokens[start : start + data.lengths[index]].long()[None]
             labels = ids.clone()
@@ -308,18 +317,23 @@ def test_twenty_steps_follow_a_plain_peft_loop(tmp_path: Path, tiny_checkpoint: 
             torch.testing.assert_close(ours, reference, atol=1e-3, rtol=0)  # twenty steps of 1e-2
 
 
-def test_a_target_is_a_whole_name(folder: Path) -> None:
-    """As in peft: `proj` is no end of `q_proj`."""
+def test_a_target_is_a_full_name(folder: Path) -> None:
+    """As in `peft`, `proj` does not match `q_proj`."""
     with pytest.raises(ValueError, match="proj"):
         peft_model(folder, target_modules=["proj"])
     with pytest.raises(UserError, match="no linear layer is called 'proj'"):
         apply_lora(load_model(folder), LoRAConfig(targets=("proj",)))
+    with pytest.raises(UserError, match=r"lm_head: .*--lora.dropout 0"):
+        apply_lora(load_model(folder), LoRAConfig(targets=("lm_head",)))
 
 
 @torch.no_grad()
-def test_dora_built_for_a_run_starts_as_the_base(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
-    """Its lengths are those of weights that come after it."""
+def test_dora_starts_as_the_base_if_weights_load_later(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+) -> None:
     config = LoRAConfig(r=4, dropout=0.0, targets=("all-linear",), use_dora=True)
-    model = make_run(tiny_checkpoint, tiny_data, tmp_path).build(lambda llama: apply_lora(llama, config))
+    run = RunArgs(tmp_path, tiny_checkpoint, tiny_data, precision="32-true")
+    _, _, model = start_run(run, lambda model: apply_lora(model, config))
     theirs = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    torch.testing.assert_close(model(INPUT_IDS), theirs(INPUT_IDS).logits, atol=1e-4, rtol=0)  # fp32
+    expected = theirs(INPUT_IDS).logits
+    torch.testing.assert_close(model(INPUT_IDS), expected, atol=1e-4, rtol=0)  # fp32

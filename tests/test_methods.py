@@ -1,114 +1,111 @@
-"""A method that the library knows nothing of: (IA)^3, Liu et al. 2022, arXiv 2205.05638, made in this file alone.
+"""A method that the library does not know: (IA)^3, as CONTRIBUTING.md tells to add it.
 
-It learns a factor for each feature of the keys and values and of the MLP's inner activations. CONTRIBUTING.md tells
-its story; `peft` has the same method, and must give the same logits.
+The test runs the code of that page: one file, one entry in `METHODS`, one script.
 """
 
+import json
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from peft import IA3Config, get_peft_model
-from torch import Tensor, nn
+from test_training import CPU, column, read_metrics
 from transformers import AutoModelForCausalLM
 
-from lit_llama import LLaMA, load_model
-from lit_llama.files import read_tensors
-from lit_llama.methods import base_linears, base_name, copy_into, place_of, replace_module, save_method
-from lit_llama.run import Run
-from lit_llama.run_folder import checkpoints
-from lit_llama.training import TrainArgs, fit
+from lit_llama import load_model
+from lit_llama.runtime.args import RunArgs
+from lit_llama.storage import methods
+from lit_llama.storage.run_folder import checkpoints
+from lit_llama.training import TrainArgs
 
 INPUT_IDS = torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-class IA3Linear(nn.Module):
-    """base(x) * l, or for the MLP base(x * l): section 3.3."""
-
-    def __init__(self, base: nn.Linear, scales_input: bool) -> None:
-        super().__init__()
-        self.base, self.scales_input = base, scales_input
-        size = base.in_features if scales_input else base.out_features
-        self.ia3 = nn.Parameter(torch.ones(size, device=place_of(base.weight)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor = self.ia3.to(x.dtype)
-        return self.base(x * factor) if self.scales_input else self.base(x) * factor
-
-
-def apply_ia3(model: LLaMA) -> None:
-    for name, linear in base_linears(model).items():
-        if name.endswith(("k_proj", "v_proj", "down_proj")):
-            replace_module(model, name, IA3Linear(linear, scales_input=name.endswith("down_proj")))
-
-
-def save_ia3(tensors: dict[str, Tensor], folder: Path) -> None:
-    save_method(folder, {"method": "ia3"}, {base_name(name): tensor for name, tensor in tensors.items()}, template="")
-
-
-def load_ia3(model: LLaMA, folder: Path) -> None:
-    apply_ia3(model)
-    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    copy_into(model, tensors, [name for name, _ in model.named_parameters() if name.endswith(".ia3")], folder)
-
-
-def train(out_dir: Path, checkpoint: Path, data: Path, resume: bool = False, **recipe) -> Run:
-    run = Run(out_dir, checkpoint, data, precision="32-true", resume=resume)
-    model = run.build(apply_ia3)
-    args = TrainArgs(batch_size=16, learning_rate=3e-2, warmup_steps=0, **recipe)
-    fit(run, model, args, lambda folder, tensors: save_ia3(dict(tensors), folder))
-    return run
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch) -> ModuleType:
+    """Add the method to the library; return its script."""
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    code, entry, script_code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "ia3.py").write_text(code, "utf-8")
+    (tmp_path / "finetune_ia3.py").write_text(script_code, "utf-8")
+    module = load_script(str(tmp_path / "ia3.py"))
+    monkeypatch.setitem(sys.modules, "lit_llama.ia3", module)
+    for name, method in eval(f"{{{entry}}}", vars(methods) | vars(module)).items():
+        monkeypatch.setitem(methods.METHODS, name, method)
+    return load_script(str(tmp_path / "finetune_ia3.py"))
 
 
 @torch.no_grad()
-def test_logits_are_pefts(tiny_checkpoint: Path) -> None:
+def test_logits_match_peft(tiny_checkpoint: Path, script: ModuleType) -> None:
     model = load_model(tiny_checkpoint, dtype=torch.float32)
-    apply_ia3(model)
+    start = model(INPUT_IDS)
+    methods.METHODS["ia3"].apply(model, script.IA3Config())
+    assert torch.equal(model(INPUT_IDS), start)
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    settings = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
-    theirs = get_peft_model(base, IA3Config(task_type="CAUSAL_LM", **settings)).eval()
+    targets = dict(target_modules=["k_proj", "v_proj", "down_proj"])
+    config = IA3Config(task_type="CAUSAL_LM", **targets, feedforward_modules=["down_proj"])
+    theirs = get_peft_model(base, config).eval()
     torch.manual_seed(0)
-    references = {name: parameter for name, parameter in theirs.named_parameters() if "ia3_l" in name}
+    references = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
-        if name.endswith(".ia3"):
-            reference = references[f"base_model.model.model.{name.removesuffix('.ia3')}.ia3_l.default"]
+        if name.endswith(".ia3_scale"):
+            layer = name.removesuffix(".ia3_scale")
+            reference = references[f"base_model.model.model.{layer}.ia3_l.default"]
             reference.copy_(torch.rand_like(reference) * 2)
             parameter.copy_(reference.flatten())
-    torch.testing.assert_close(model(INPUT_IDS), theirs(INPUT_IDS).logits, atol=1e-5, rtol=1e-5)  # fp32
+    expected = theirs(INPUT_IDS).logits
+    torch.testing.assert_close(model(INPUT_IDS), expected, atol=1e-5, rtol=1e-5)  # fp32
 
 
-def test_it_trains_resumes_and_loads_with_the_library_as_it_is(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+def test_it_trains_resumes_answers_and_is_compared_and_estimated(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, script: ModuleType, monkeypatch, capsys
 ) -> None:
-    train(tmp_path / "whole", tiny_checkpoint, tiny_data, max_steps=6, schedule="constant")
-    train(tmp_path / "out", tiny_checkpoint, tiny_data, max_steps=3, schedule="constant")
-    run = train(tmp_path / "out", tiny_checkpoint, tiny_data, max_steps=6, schedule="constant", resume=True)
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
-    assert files[0] == files[1]
-    assert checkpoints(tmp_path / "out")[-1].name == "step-000006"
-    rows = [line.split(",") for line in (tmp_path / "out/metrics.csv").read_text().splitlines()[1:]]
-    losses = [float(row[3]) for row in rows]
-    assert losses[-1] < losses[0] - 0.1
-    model = load_model(tiny_checkpoint, dtype=torch.float32)
-    load_ia3(model, tmp_path / "out")
-    with torch.no_grad():
-        total = sum(
-            model(**run.val_set.micro_batch([index], run.fabric.device)) for index in range(len(run.val_set))
-        ) / sum(run.val_set.label_counts)
-    assert float(total) == pytest.approx(float(rows[-1][4]), rel=1e-5)
+    def train(name: str, max_steps: int, resume: bool = False) -> None:
+        folders = (tmp_path / name, tiny_checkpoint, tiny_data)
+        recipe = dict(batch_size=16, learning_rate=3e-2, warmup_steps=0, schedule="constant")
+        run = RunArgs(*folders, precision="32-true", resume=resume)
+        script.main(run, train=TrainArgs(max_steps=max_steps, **recipe))
+
+    train("complete", 6)
+    train("out", 3)
+    train("out", 6, resume=True)
+    out = tmp_path / "out"
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("complete", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert checkpoints(out)[-1].name == "step-000006"
+    rows = read_metrics(out)
+    assert column(rows, "loss")[-1] < column(rows, "loss")[0] - 0.1
+
+    generate = load_script("generate/adapter.py")
+    capsys.readouterr()
+    args = generate.AnswerArgs("Count to 3.", max_new_tokens=16, temperature=0.0)
+    generate.main(args, out, precision="32-true")
+    answer = capsys.readouterr().out
+    model, tokenizer, template = methods.load_finetuned(out, None, CPU, torch.float32)
+    assert template == "alpaca"
+    assert sum("ia3_scale" in name for name in model.state_dict()) == 6
+    generate.answer(model, tokenizer, template, ["Count to 3."], args)
+    assert capsys.readouterr().out == answer
+
+    compare = load_script("evaluate/compare.py")
+    monkeypatch.setattr(compare, "in_own_process", compare.measure)  # which knows the method
+    folders = [tiny_checkpoint, out]
+    compare.main(folders, data_dir=tiny_data, out_dir=tmp_path / "compared", max_new_tokens=4)
+    before, after = json.loads((tmp_path / "compared/compare.json").read_text())["models"]
+    assert after["loss"] == pytest.approx(float(rows[-1]["val_loss"]), rel=1e-2)  # bf16
+    assert after["loss"] < before["loss"] - 0.1
+
+    capsys.readouterr()
+    load_script("scripts/estimate_memory.py").main("TinyLlama-1.1B", "ia3", precision="32-true")
+    # 22 layers of two times 256 and of 5,632 features, in fp32
+    assert re.search(r"gradients +0\.001 GB", capsys.readouterr().out)
 
 
-def test_the_example_in_contributing_is_this_one() -> None:
-    story = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    source = Path(__file__).read_text("utf-8")
-    for piece in ("class IA3Linear", "def apply_ia3", "def save_ia3", "def load_ia3"):
-        code = source[source.index(piece) :].split("\n\n\n")[0]
-        assert code in story, piece
-
-
-def test_a_finetune_script_is_short() -> None:
-    for script in (ROOT / "finetune").glob("*.py"):
-        assert len(script.read_text("utf-8").splitlines()) < 80, script
-    for script in (ROOT / "generate").glob("*.py"):
-        assert len(script.read_text("utf-8").splitlines()) < 60, script
+def test_scripts_are_short() -> None:
+    names = ("base", "lora", "adapter", "adapter_v2", "full")
+    for path in [*(ROOT / "finetune").glob("*.py"), *(ROOT / f"generate/{n}.py" for n in names)]:
+        assert len(path.read_text("utf-8").splitlines()) <= 60, path

@@ -1,5 +1,7 @@
-"""Model folders in every layout of the hub, written and read; what a crash leaves behind; peak memory of loading."""
+"""Model folders in every layout of the hub; atomic writes; peak memory of loading."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_hf_model, save_checkpoint_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import lit_llama.checkpoint
 from lit_llama import UserError, load_model
-from lit_llama.checkpoint import replacing, save_checkpoint, tokenizer_files
-from lit_llama.files import exchange
+from lit_llama.storage.files import atomic_write
+from lit_llama.storage.model_folder import save_model_folder, tokenizer_files
 
 INPUT_IDS = torch.arange(30)[None]
 
@@ -21,7 +22,9 @@ INPUT_IDS = torch.arange(30)[None]
 @torch.no_grad()
 def assert_same_logits(hf_model, folder: Path) -> None:
     expected = hf_model(INPUT_IDS).logits
-    torch.testing.assert_close(load_model(folder, dtype=torch.float32)(INPUT_IDS), expected, atol=1e-4, rtol=0)  # fp32
+    torch.testing.assert_close(
+        load_model(folder, dtype=torch.float32)(INPUT_IDS), expected, atol=1e-4, rtol=0
+    )  # fp32
 
 
 def save_bin(model, folder: Path, shards: int) -> None:
@@ -71,26 +74,39 @@ def test_weights_are_frozen_and_rounded_to_the_dtype(tmp_path: Path) -> None:
     hf_model.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert not model.training
-    expected = {name.removeprefix("model."): value.bfloat16() for name, value in hf_model.state_dict().items()}
+    expected = {
+        name.removeprefix("model."): value.bfloat16()
+        for name, value in hf_model.state_dict().items()
+    }
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad
         assert torch.equal(parameter, expected[name])
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 60_000], ids=["one file", "shards"])
-def test_saved_folder_loads_in_transformers_and_here(tmp_path: Path, monkeypatch, max_bytes: int) -> None:
-    monkeypatch.setattr(lit_llama.files, "MAX_FILE_BYTES", max_bytes)
+def test_saved_folder_loads_in_transformers_and_here(
+    tmp_path: Path, monkeypatch, max_bytes: int
+) -> None:
+    monkeypatch.setattr("lit_llama.storage.files.MAX_FILE_BYTES", max_bytes)
     hf_model = save_checkpoint_folder(tmp_path / "from", num_key_value_heads=2)
     model = load_model(tmp_path / "from", dtype=torch.float32)
-    save_checkpoint(tmp_path / "to", model.config, model.named_parameters(), tokenizer_files(tmp_path / "from"))
+    save_model_folder(
+        tmp_path / "to", model.config, model.named_parameters(), tokenizer_files(tmp_path / "from")
+    )
     files = list((tmp_path / "to").glob("*.safetensors"))
     assert (len(files) > 1) == (max_bytes < 10**9)
-    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= max_bytes for file in files)
+    assert all(
+        sum(tensor.nbytes for tensor in load_file(file).values()) <= max_bytes for file in files
+    )
     assert_same_logits(hf_model, tmp_path / "to")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     assert_same_logits(theirs, tmp_path / "from")
-    assert (tmp_path / "to/tokenizer.json").read_bytes() == (tmp_path / "from/tokenizer.json").read_bytes()
-    assert {file.stat().st_mode & 0o777 for file in files} == {(tmp_path / "to/config.json").stat().st_mode & 0o777}
+    assert (tmp_path / "to/tokenizer.json").read_bytes() == (
+        tmp_path / "from/tokenizer.json"
+    ).read_bytes()
+    assert {file.stat().st_mode & 0o777 for file in files} == {
+        (tmp_path / "to/config.json").stat().st_mode & 0o777
+    }
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
@@ -99,7 +115,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     (folder / "old").write_text("old")
     file.write_text("old")
     for path in (folder, file):
-        with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
+        with pytest.raises(RuntimeError), atomic_write(path) as temporary:  # noqa: PT012
             if path == folder:
                 temporary.mkdir()
                 (temporary / "new").write_text("half")
@@ -114,7 +130,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
 def test_replacing_puts_the_whole_new_one_in_place(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for name in ("first", "second"):
-        with replacing(folder) as temporary:
+        with atomic_write(folder) as temporary:
             temporary.mkdir()
             (temporary / name).write_text(name)
             assert not (folder / name).exists()
@@ -122,32 +138,90 @@ def test_replacing_puts_the_whole_new_one_in_place(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_folder_is_there_at_every_moment_of_its_replacing(tmp_path: Path, monkeypatch, can_exchange: bool) -> None:
-    folder, there = tmp_path / "folder", []
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    if can_exchange and not exchange(tmp_path / "one", tmp_path / "two"):
-        pytest.skip("this file system cannot exchange two folders")
-    if not can_exchange:
-        monkeypatch.setattr(lit_llama.files, "exchange", lambda one, two: False)
-    monkeypatch.setattr(lit_llama.files, "_fsync", lambda path: there.append(folder.exists()))
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), there.append(folder.exists())))
-    for name in ("first", "second"):
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            (temporary / name).touch()
-        assert [path.name for path in folder.iterdir()] == [name]
-    assert (False in there[there.index(True) :]) == (not can_exchange)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one", "two"]
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").touch()
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "mine") as temporary:
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes"]
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin"])
+@pytest.mark.parametrize("what", ["cut off", "missing", "empty"])
+def test_incomplete_weights_are_one_line(tmp_path: Path, layout: str, what: str) -> None:
+    hf_model = make_hf_model()
+    if layout == "bin":
+        save_bin(hf_model, tmp_path, 1)
+    else:
+        size = "40KB" if layout == "sharded safetensors" else "1GB"
+        hf_model.save_pretrained(tmp_path, max_shard_size=size)
+    file = sorted([*tmp_path.glob("model*.safetensors"), *tmp_path.glob("*.bin")])[-1]
+    if what == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: -100 if what == "cut off" else 0])
+    with pytest.raises(UserError) as raised:
+        load_model(tmp_path)
+    message = str(raised.value)
+    if what == "missing" and layout != "sharded safetensors":
+        assert "no model.safetensors and no pytorch_model.bin there. Download" in message
+    else:
+        assert message.startswith(f"{file}: ")
+        assert re.search("truncated or corrupted .* Download it again|missing, truncated", message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(intermediate_size=96),
+            "mlp.gate_proj.weight has shape (64, 32), config.json requires (96, 32)",
+        ),
+        (
+            dict(num_hidden_layers=3),
+            "weights and config.json do not match in ['layers.2.input_layernorm",
+        ),
+        (
+            dict(num_hidden_layers=1),
+            "weights and config.json do not match in ['layers.1.input_layernorm",
+        ),
+    ],
+    ids=["other sizes", "lacking", "surplus"],
+)
+def test_weights_of_another_model_are_one_line(tmp_path: Path, changes: dict, message: str) -> None:
+    make_hf_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_model(tmp_path)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    save_bin(make_hf_model(), tmp_path, 1)
+    torch.save({"x": Path.unlink}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin: refused, .* \(it could run code"):
+        load_model(tmp_path)
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    make_hf_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"up_proj.weight is torch.float8_e4m3fn; quantized folders"
+    ):
+        load_model(tmp_path)
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     model = load_model(tiny_checkpoint)
     with pytest.raises(UserError, match="exists already"):
-        save_checkpoint(tmp_path, model.config, model.named_parameters(), {})
+        save_model_folder(tmp_path, model.config, model.named_parameters(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -167,11 +241,19 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
-def test_loading_as_stored_or_rounded_takes_less_than_1_2_times_the_models_memory(tmp_path: Path, layout: str) -> None:
-    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)
+def test_loading_as_stored_or_rounded_takes_less_than_1_2_times_the_models_memory(
+    tmp_path: Path, layout: str
+) -> None:
+    sizes = dict(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8
+    )
     hf_model = make_hf_model(**sizes)  # 400 MB
-    hf_model.save_pretrained(tmp_path) if layout == "safetensors" else save_bin(hf_model, tmp_path, 1)
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    hf_model.save_pretrained(tmp_path) if layout == "safetensors" else save_bin(
+        hf_model, tmp_path, 1
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True
+    )
     as_stored, rounded = map(float, done.stdout.split())
     assert 0 < as_stored < 1.2
     assert 0.5 < rounded < 1.2
@@ -182,4 +264,6 @@ def test_safetensors_come_before_bin(tmp_path: Path) -> None:
     save_bin(make_hf_model(seed=1), tmp_path, 1)
     make_hf_model(seed=2).save_pretrained(tmp_path)
     assert (tmp_path / "pytorch_model.bin").is_file()
-    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path)
+    assert_same_logits(
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path
+    )

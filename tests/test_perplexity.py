@@ -1,4 +1,4 @@
-"""evaluate/perplexity.py and lit_llama/scoring.py against `transformers`: its recipe of sliding windows, its losses."""
+"""evaluate/perplexity.py and scoring.py against `transformers`: sliding windows, losses."""
 
 import math
 import re
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_script
 from safetensors.torch import load_file
+from scoring import log_likelihoods
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lit_llama import Tokenizer, UserError, load_model
-from lit_llama.adapter import AdapterConfig, apply_adapter, save_adapter
+from lit_llama.adapter import AdapterConfig, apply_adapter
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
-from lit_llama.scoring import log_likelihoods
+from lit_llama.storage.methods import SaveInfo, save_methods
 
 SMOLLM2 = ROOT / "checkpoints" / "SmolLM2-135M-Instruct"
 perplexity = load_script("evaluate/perplexity.py")
@@ -27,15 +28,21 @@ def figures(capsys, **flags) -> dict[str, float]:
     """What the script prints, in fp32."""
     capsys.readouterr()
     perplexity.main(precision="32-true", **flags)
-    lines = re.findall(r"^(tokens|loss|perplexity|bits per byte) +([\d.,]+)", capsys.readouterr().out, re.MULTILINE)
+    lines = re.findall(
+        r"^(tokens|loss|perplexity|bits per byte) +([\d.,]+)", capsys.readouterr().out, re.MULTILINE
+    )
     found = {name: float(value.replace(",", "")) for name, value in lines}
-    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-4)  # four digits are printed
+    assert found["perplexity"] == pytest.approx(
+        math.exp(found["loss"]), rel=1e-4
+    )  # four digits are printed
     return found
 
 
 @torch.no_grad()
-def sliding_window(model: torch.nn.Module, ids: list[int], window: int, stride: int) -> tuple[int, float]:
-    """Tokens and nats per token, by the guide of `transformers` on the perplexity of fixed-length models."""
+def sliding_window(
+    model: torch.nn.Module, ids: list[int], window: int, stride: int
+) -> tuple[int, float]:
+    """Tokens and nats per token, by the guide of `transformers` on perplexity."""
     input_ids, nats, count, previous_end = torch.tensor([ids]), 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
@@ -79,8 +86,12 @@ def test_a_texts_loss_is_that_of_transformers_recipe(
     tmp_path: Path, tiny_checkpoint: Path, capsys, window: int, stride: int
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
-    flags = dict(checkpoint_dir=tiny_checkpoint, source=tmp_path / "text.txt", window=window, stride=stride)
-    count, loss = sliding_window(hugging_face(tiny_checkpoint), Tokenizer(tiny_checkpoint).encode(TEXT), window, stride)
+    flags = dict(
+        checkpoint_dir=tiny_checkpoint, source=tmp_path / "text.txt", window=window, stride=stride
+    )
+    count, loss = sliding_window(
+        hugging_face(tiny_checkpoint), Tokenizer(tiny_checkpoint).encode(TEXT), window, stride
+    )
     for batch_tokens in (1, 300):
         found = figures(capsys, batch_tokens=batch_tokens, **flags)
         assert found["tokens"] == count
@@ -89,14 +100,18 @@ def test_a_texts_loss_is_that_of_transformers_recipe(
         assert found["bits per byte"] == pytest.approx(bits, rel=1e-3)
 
 
-def test_smollm2s_loss_on_a_real_text_is_that_of_transformers_recipe(tmp_path: Path, capsys) -> None:
+def test_smollm2s_loss_on_a_real_text_is_that_of_transformers_recipe(
+    tmp_path: Path, capsys
+) -> None:
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip("no SmolLM2-135M-Instruct in checkpoints/")
     tokenizer = Tokenizer(SMOLLM2)
     text = "\n\n".join(file.read_text("utf-8") for file in sorted((ROOT / "howto").glob("*.md")))
     text = tokenizer.decode(tokenizer.encode(text)[:5_100])
     (tmp_path / "text.txt").write_text(text, "utf-8")
-    found = figures(capsys, checkpoint_dir=SMOLLM2, source=tmp_path / "text.txt", window=256, stride=240)
+    found = figures(
+        capsys, checkpoint_dir=SMOLLM2, source=tmp_path / "text.txt", window=256, stride=240
+    )
     count, loss = sliding_window(hugging_face(SMOLLM2), tokenizer.encode(text), 256, 240)
     assert found["tokens"] == count >= 5_000
     assert found["loss"] == pytest.approx(loss, rel=1e-3)
@@ -125,9 +140,15 @@ def test_records_give_the_loss_of_the_set_that_is_prepared_from_them(
     tmp_path: Path, tiny_checkpoint: Path, records_file: Path, capsys, longest: int
 ) -> None:
     flags = dict(val_size=0, max_seq_length=longest, template="alpaca")
-    load_script("scripts/prepare_json.py").main(records_file, tiny_checkpoint, tmp_path / "all", **flags)
-    count, loss = response_loss(hugging_face(tiny_checkpoint), prepared_samples(tmp_path / "all", "train"))
-    flags = dict(checkpoint_dir=tiny_checkpoint, source=records_file, template="alpaca", window=longest)
+    load_script("scripts/prepare_json.py").main(
+        records_file, tiny_checkpoint, tmp_path / "all", **flags
+    )
+    count, loss = response_loss(
+        hugging_face(tiny_checkpoint), prepared_samples(tmp_path / "all", "train")
+    )
+    flags = dict(
+        checkpoint_dir=tiny_checkpoint, source=records_file, template="alpaca", window=longest
+    )
     found = figures(capsys, **flags)
     assert found["tokens"] == count
     assert found["loss"] == pytest.approx(loss, rel=1e-3)
@@ -136,7 +157,7 @@ def test_records_give_the_loss_of_the_set_that_is_prepared_from_them(
 
 
 def randomized(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A model's parameters by name, those of a method drawn anew, since at first it changes nothing."""
+    """A model's parameters by name, a method's drawn anew: at first it changes nothing."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -144,13 +165,23 @@ def randomized(model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def test_a_lora_is_evaluated_as_peft_has_it(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, capsys) -> None:
+def test_a_lora_is_evaluated_as_peft_has_it(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, capsys
+) -> None:
     model, config = load_model(tiny_checkpoint, dtype=torch.float32), LoRAConfig()
     apply_lora(model, config)
-    save_lora(randomized(model), tmp_path / "lora", config, base_model=str(tiny_checkpoint), template="alpaca")
+    save_lora(
+        randomized(model),
+        tmp_path / "lora",
+        config,
+        base_model=str(tiny_checkpoint),
+        template="alpaca",
+    )
     theirs = peft.PeftModel.from_pretrained(hugging_face(tiny_checkpoint), tmp_path / "lora")
     _, loss = response_loss(theirs, prepared_samples(tiny_data, "val"))
-    assert figures(capsys, lora_path=tmp_path / "lora", data_dir=tiny_data)["loss"] == pytest.approx(loss, rel=1e-3)
+    assert figures(capsys, lora_path=tmp_path / "lora", data_dir=tiny_data)[
+        "loss"
+    ] == pytest.approx(loss, rel=1e-3)
     base = figures(capsys, checkpoint_dir=tiny_checkpoint, data_dir=tiny_data)["loss"]
     assert base != pytest.approx(loss, rel=1e-2)
 
@@ -161,14 +192,20 @@ def test_an_adapter_is_evaluated_with_what_it_learned(
 ) -> None:
     model, config = load_model(tiny_checkpoint, dtype=torch.float32), AdapterConfig(start_layer=1)
     apply_adapter(model, config)
-    save_adapter(randomized(model), tmp_path / "adapter", config, model, str(tiny_checkpoint), "alpaca")
+    info = SaveInfo(model, str(tiny_checkpoint), "alpaca")
+    methods = {"llama_adapter": config}
+    save_methods(tmp_path / "adapter", randomized(model).items(), methods, info)
     nats, count = 0.0, 0
     for ids, first in prepared_samples(tiny_data, "val"):
-        nats += F.cross_entropy(model(ids[:-1].long())[first - 1 :], ids[first:].long(), reduction="sum").item()
+        nats += F.cross_entropy(
+            model(ids[:-1].long())[first - 1 :], ids[first:].long(), reduction="sum"
+        ).item()
         count += len(ids) - first
     found = figures(capsys, adapter_path=tmp_path / "adapter", data_dir=tiny_data)["loss"]
     assert found == pytest.approx(nats / count, rel=1e-3)
-    assert found != pytest.approx(figures(capsys, checkpoint_dir=tiny_checkpoint, data_dir=tiny_data)["loss"], rel=1e-3)
+    assert found != pytest.approx(
+        figures(capsys, checkpoint_dir=tiny_checkpoint, data_dir=tiny_data)["loss"], rel=1e-3
+    )
 
 
 @torch.no_grad()
@@ -177,17 +214,29 @@ def test_log_likelihoods_are_those_of_transformers(tiny_checkpoint: Path) -> Non
     drawn = torch.randint(3, 300, (6, 20), generator=torch.Generator().manual_seed(0)).tolist()
     likely = int(theirs(torch.tensor([drawn[0][:9]])).logits[0, -1].argmax())
     samples = [(ids[: 2 + 3 * number], 1 + 2 * number) for number, ids in enumerate(drawn)]
-    samples += [([*drawn[0][:9], last], 9) for last in (5, 6, likely)]  # the same but for the last token
-    samples += [([*drawn[0][:9], likely], 4), (drawn[1][:5], 5), ([7], 1)]  # and two with nothing to score
+    samples += [
+        ([*drawn[0][:9], last], 9) for last in (5, 6, likely)
+    ]  # the same but for the last token
+    samples += [
+        ([*drawn[0][:9], likely], 4),
+        (drawn[1][:5], 5),
+        ([7], 1),
+    ]  # and two with nothing to score
     for batch_tokens in (1, 25, 1000):
         for (ids, first), (likelihood, greedy) in zip(
             samples, log_likelihoods(model, samples, batch_tokens), strict=True
         ):
             scores = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)[first - 1 : -1]
             labels = torch.tensor(ids[first:], dtype=torch.long)
-            assert likelihood == pytest.approx(scores.gather(1, labels[:, None]).sum().item(), abs=1e-3)
+            assert likelihood == pytest.approx(
+                scores.gather(1, labels[:, None]).sum().item(), abs=1e-3
+            )
             assert greedy == (scores.argmax(-1) == labels).all()
-    assert [greedy for _, greedy in log_likelihoods(model, samples, 100)[6:9]] == [False, False, True]
+    assert [greedy for _, greedy in log_likelihoods(model, samples, 100)[6:9]] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -195,29 +244,49 @@ def test_log_likelihoods_are_those_of_transformers(tiny_checkpoint: Path) -> Non
     [
         ({}, r"--source, --data_dir: give one"),
         ({"source": "text.txt", "data_dir": "data"}, r"--source, --data_dir: give one"),
-        ({"source": "text.txt", "checkpoint_dir": None}, r"--checkpoint_dir, --lora_path, --adapter_path: give"),
-        ({"source": "text.txt", "lora_path": "a", "adapter_path": "b"}, r"--lora_path, --adapter_path: give one"),
-        ({"source": "text.txt", "lora_path": "none"}, r"none: no adapter_config.json and no config.json"),
+        (
+            {"source": "text.txt", "checkpoint_dir": None},
+            r"--checkpoint_dir, --lora_path, --adapter_path: pass one",
+        ),
+        (
+            {"source": "text.txt", "lora_path": "a", "adapter_path": "b"},
+            r"--adapter_path: pass only one of the last two",
+        ),
+        (
+            {"source": "text.txt", "lora_path": "none"},
+            r"none: no adapter_config.json",
+        ),
         ({"source": "text.txt", "window": 513}, r"--window 513.*context of 512"),
         ({"source": "text.txt", "window": 8, "stride": 8}, r"--stride 8.*below --window"),
-        ({"source": "text.txt", "batch_tokens": 0}, r"--batch_tokens 0"),
         ({"source": "text.txt", "precision": "fp8"}, r"--precision fp8: unknown"),
         ({"source": "empty.txt"}, r"empty.txt: nothing to predict"),
         ({"source": "latin1.txt"}, r"latin1.txt: not UTF-8 \(byte 1\)"),
         ({"source": "records.json", "template": "vicuna"}, r"unknown template 'vicuna'"),
-        ({"source": "records.json", "columns": perplexity.Columns("q")}, r"record 1: no column 'q'"),
-        ({"data_dir": "none"}, r"none: no prepared set"),
+        (
+            {"source": "records.json", "columns": perplexity.Columns("q")},
+            r"record 1: no column 'q'",
+        ),
+        ({"data_dir": "none"}, r"none: no tokenized dataset"),
     ],
 )
 def test_mistakes_are_one_line(
-    tmp_path: Path, monkeypatch, tiny_checkpoint: Path, records_file: Path, flags: dict, message: str
+    tmp_path: Path,
+    monkeypatch,
+    tiny_checkpoint: Path,
+    records_file: Path,
+    flags: dict,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT, "utf-8")
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"n\xe9")
     Path("records.json").write_bytes(records_file.read_bytes())
-    paths = {name: Path(value) for name, value in flags.items() if name.endswith(("source", "_dir", "_path")) and value}
+    paths = {
+        name: Path(value)
+        for name, value in flags.items()
+        if name.endswith(("source", "_dir", "_path")) and value
+    }
     with pytest.raises(UserError, match=message) as error:
         perplexity.main(**({"checkpoint_dir": tiny_checkpoint} | flags | paths))
     assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
-"""Prepared sets: what is learned, what is cut, where records come from; and what training reads back."""
+"""Tokenized datasets: labels, truncation, sources of records; and what training reads back."""
 
 import csv
+import hashlib
 import http.server
 import json
 import threading
@@ -11,12 +12,18 @@ import torch
 from conftest import load_script, save_checkpoint_folder
 
 from lit_llama import Tokenizer, UserError
-from lit_llama.data import PreparedSet, pack, step_samples
+from lit_llama.data import TokenizedDataset, pack_micro_batches, sample_indices, split_across_ranks
 from lit_llama.prompts import TEMPLATES
+from lit_llama.storage.datasets import load_dataset
+from lit_llama.storage.files import read_tensors
 
 prepare_json = load_script("scripts/prepare_json.py")
 RECORDS = [
-    {"instruction": f"Count to {n}.", "input": "slowly" if n % 2 else "", "output": "one two three " * n}
+    {
+        "instruction": f"Count to {n}.",
+        "input": "slowly" if n % 2 else "",
+        "output": "one two three " * n,
+    }
     for n in range(1, 21)
 ]
 
@@ -26,39 +33,56 @@ def write(path: Path, records: list) -> Path:
     return path
 
 
+def read(file: Path) -> TokenizedDataset:
+    return TokenizedDataset(read_tensors(file)[0])
+
+
 def samples(file: Path) -> list[tuple[list[int], list[int]]]:
     """(tokens, learned tokens) of each sample, by way of the micro-batches that training sees."""
-    data = PreparedSet(file)
+    data = read(file)
     result = []
     for index in range(len(data)):
         batch = data.micro_batch([index], torch.device("cpu"))
         successors = torch.cat((batch["input_ids"][1:], batch["labels"][-1:]))  # of each token
-        assert successors[batch["positions"]].tolist() == batch["labels"].tolist()
-        result.append(([*batch["input_ids"].tolist(), int(batch["labels"][-1])], batch["labels"].tolist()))
+        assert successors[batch["label_positions"]].tolist() == batch["labels"].tolist()
+        result.append(
+            ([*batch["input_ids"].tolist(), int(batch["labels"][-1])], batch["labels"].tolist())
+        )
     return result
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
-def test_labels_are_response_and_end_token(tmp_path: Path, tiny_checkpoint: Path, mask_prompt: bool) -> None:
+def test_labels_are_response_and_end_token(
+    tmp_path: Path, tiny_checkpoint: Path, mask_prompt: bool
+) -> None:
     source = write(tmp_path / "source.json", RECORDS)
     out = tmp_path / "out"
-    prepare_json.main(source, tiny_checkpoint, out, val_size=0, max_seq_length=500, mask_prompt=mask_prompt)
+    prepare_json.main(
+        source, tiny_checkpoint, out, val_size=0, max_seq_length=500, mask_prompt=mask_prompt
+    )
     tokenizer = Tokenizer(tiny_checkpoint)
     expected = []
     for record in RECORDS:
         user = {"role": "user", "content": record["instruction"], "input": record["input"]}
-        prompt = [tokenizer.bos_id, *tokenizer.encode(TEMPLATES["alpaca"].render([user]), bos=False)]
+        prompt = [
+            tokenizer.bos_id,
+            *tokenizer.encode(TEMPLATES["alpaca"].render([user]), bos=False),
+        ]
         response = [*tokenizer.encode(record["output"], bos=False), tokenizer.eos_id]
         expected.append((prompt + response, response if mask_prompt else (prompt + response)[1:]))
     assert samples(out / "train.safetensors") == expected
 
 
-def test_long_samples_are_cut_and_hopeless_ones_dropped(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
+def test_long_samples_are_cut_and_hopeless_ones_dropped(
+    tmp_path: Path, tiny_checkpoint: Path, capsys
+) -> None:
     records = [*RECORDS, {"instruction": "Why? " * 300, "output": "So."}]
     out = tmp_path / "out"
-    prepare_json.main(write(tmp_path / "s.json", records), tiny_checkpoint, out, val_size=0, max_seq_length=256)
+    prepare_json.main(
+        write(tmp_path / "s.json", records), tiny_checkpoint, out, val_size=0, max_seq_length=256
+    )
     meta = json.loads((out / "meta.json").read_text())
-    lengths = PreparedSet(out / "train.safetensors").lengths
+    lengths = read(out / "train.safetensors").lengths
     assert max(lengths) == 256
     assert meta["dropped_samples"] == 1
     assert meta["cut_samples"] >= lengths.count(256) - 1 > 0
@@ -71,19 +95,30 @@ def test_split_follows_the_seed_and_loses_nothing(tmp_path: Path, tiny_checkpoin
     source = write(tmp_path / "s.json", RECORDS)
     sets = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare_json.main(source, tiny_checkpoint, tmp_path / name, val_size=6, max_seq_length=512, seed=seed)
+        prepare_json.main(
+            source, tiny_checkpoint, tmp_path / name, val_size=6, max_seq_length=512, seed=seed
+        )
         parts = [samples(tmp_path / name / f"{part}.safetensors") for part in ("train", "val")]
         assert [len(part) for part in parts] == [14, 6]
         sets[name] = [{tuple(tokens) for tokens, _ in part} for part in parts]
         assert len(sets[name][0] | sets[name][1]) == 20
     assert sets["a"] == sets["b"] != sets["c"]
-    assert (tmp_path / "a/train.safetensors").read_bytes() == (tmp_path / "b/train.safetensors").read_bytes()
+    assert (tmp_path / "a/train.safetensors").read_bytes() == (
+        tmp_path / "b/train.safetensors"
+    ).read_bytes()
 
 
-def test_json_jsonl_and_csv_with_named_columns_are_the_same(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    named = [{"q": r["instruction"] + '\n"so", he said', "context": r["input"], "a": r["output"]} for r in RECORDS]
+def test_json_jsonl_and_csv_with_named_columns_are_the_same(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    named = [
+        {"q": r["instruction"] + '\n"so", he said', "context": r["input"], "a": r["output"]}
+        for r in RECORDS
+    ]
     write(tmp_path / "s.json", named)
-    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(record) for record in named) + "\n\n", "utf-8")
+    (tmp_path / "s.jsonl").write_text(
+        "\n".join(json.dumps(record) for record in named) + "\n\n", "utf-8"
+    )
     with (tmp_path / "s.csv").open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, ["q", "context", "a"])
         writer.writeheader()
@@ -92,7 +127,9 @@ def test_json_jsonl_and_csv_with_named_columns_are_the_same(tmp_path: Path, tiny
     results = []
     for kind in ("json", "jsonl", "csv"):
         source, out = tmp_path / f"s.{kind}", tmp_path / kind
-        prepare_json.main(source, tiny_checkpoint, out, val_size=3, max_seq_length=512, columns=columns)
+        prepare_json.main(
+            source, tiny_checkpoint, out, val_size=3, max_seq_length=512, columns=columns
+        )
         results.append((out / "train.safetensors").read_bytes())
     assert results[0] == results[1] == results[2]
 
@@ -115,18 +152,30 @@ def test_each_answer_of_a_conversation_is_a_sample(tmp_path: Path, tiny_checkpoi
     ]
     end = tokenizer.specials["<|im_end|>"]
     first = "system\nBe kind.\nuser\nHello\nassistant\nHi!"
-    assert decoded == [(first, "Hi!", end), (f"{first}\nuser\nBye\nassistant\nSee you!", "See you!", end)]
+    assert decoded == [
+        (first, "Hi!", end),
+        (f"{first}\nuser\nBye\nassistant\nSee you!", "See you!", end),
+    ]
 
 
 def test_dolly_has_its_own_field_names(tmp_path: Path, tiny_checkpoint: Path) -> None:
     lines = [
-        json.dumps({"instruction": r["instruction"], "context": r["input"], "response": r["output"]}) for r in RECORDS
+        json.dumps(
+            {"instruction": r["instruction"], "context": r["input"], "response": r["output"]}
+        )
+        for r in RECORDS
     ]
     (tmp_path / "dolly.jsonl").write_text("\n".join(lines))
     flags = dict(val_size=5, max_seq_length=512)
-    load_script("scripts/prepare_dolly.py").main(tmp_path / "dolly.jsonl", tiny_checkpoint, tmp_path / "dolly", **flags)
-    prepare_json.main(write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "json", **flags)
-    assert (tmp_path / "dolly/val.safetensors").read_bytes() == (tmp_path / "json/val.safetensors").read_bytes()
+    load_script("scripts/prepare_dolly.py").main(
+        tmp_path / "dolly.jsonl", tiny_checkpoint, tmp_path / "dolly", **flags
+    )
+    prepare_json.main(
+        write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "json", **flags
+    )
+    assert (tmp_path / "dolly/val.safetensors").read_bytes() == (
+        tmp_path / "json/val.safetensors"
+    ).read_bytes()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -152,7 +201,9 @@ def server():
         httpd.shutdown()
 
 
-def test_alpaca_is_downloaded_once_and_counted(tmp_path: Path, tiny_checkpoint: Path, server, monkeypatch) -> None:
+def test_alpaca_is_downloaded_once_and_counted(
+    tmp_path: Path, tiny_checkpoint: Path, server, monkeypatch
+) -> None:
     script = load_script("scripts/prepare_alpaca.py")
     assert script.NUM_RECORDS == 51_759
     monkeypatch.setattr(script, "URL", server)
@@ -161,7 +212,7 @@ def test_alpaca_is_downloaded_once_and_counted(tmp_path: Path, tiny_checkpoint: 
     for name in ("first", "second"):
         script.main(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / name, val_size=4)
     assert Server.requests == 1
-    assert len(PreparedSet(tmp_path / "second/train.safetensors")) == 16
+    assert len(read(tmp_path / "second/train.safetensors")) == 16
     monkeypatch.setattr(script, "NUM_RECORDS", 21)
     with pytest.raises(UserError, match="holds 20 records instead of 21"):
         script.main(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / "third", val_size=4)
@@ -189,7 +240,7 @@ def test_no_connection_is_one_line(tmp_path: Path) -> None:
 def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
     lengths = torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     lengths[7] = 900  # longer than a micro-batch
-    bins = pack(range(200), lengths, 512)
+    bins = pack_micro_batches(range(200), lengths, 512)
     assert sorted(index for ids in bins for index in ids) == list(range(200))
     assert all(sum(lengths[index] for index in ids) <= 512 for ids in bins if ids != [7])
     assert [7] in bins
@@ -198,38 +249,152 @@ def test_micro_batches_hold_every_sample_once_within_the_limit() -> None:
 
 
 def test_epochs_are_permutations_and_steps_cut_them() -> None:
-    places = [range(first, min(first + 16, 150)) for first in range(0, 150, 16)]
-    steps = [step_samples(part, 50, seed=3) for part in places]
+    positions = [range(first, min(first + 16, 150)) for first in range(0, 150, 16)]
+    steps = [sample_indices(part, 50, seed=3) for part in positions]
     assert [len(step) for step in steps] == [16] * 9 + [6]
     flat = [index for step in steps for index in step]
     epochs = [flat[start : start + 50] for start in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert step_samples(places[4], 50, seed=3) == steps[4]
-    assert step_samples(places[4], 50, seed=4) != steps[4]
+    assert sample_indices(positions[4], 50, seed=3) == steps[4]
+    assert sample_indices(positions[4], 50, seed=4) != steps[4]
+
+
+def test_ranks_get_equally_many_micro_batches() -> None:
+    parts = [split_across_ranks([[1], [2], [3], [4]], rank, 3) for rank in range(3)]
+    assert parts == [[[1], [4]], [[2], []], [[3], []]]
+    tensors = dict(tokens=torch.zeros(0), offsets=torch.zeros(1), prompt_lengths=torch.zeros(0))
+    batch = TokenizedDataset(tensors).micro_batch([], torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [0]
+    assert batch["lengths"] == [1]
+    assert batch["labels"].tolist() == batch["label_positions"].tolist() == []
+
+
+def write_dataset(folder: Path, checkpoint: Path) -> Path:
+    source = write(folder / "s.json", RECORDS)
+    prepare_json.main(source, checkpoint, folder / "data", val_size=4, max_seq_length=256)
+    return folder / "data"
+
+
+def test_load_dataset(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, tiny_checkpoint), tiny_checkpoint)
+    assert (len(dataset.train), len(dataset.val), dataset.template) == (16, 4, "alpaca")
+    assert dataset.meta["max_seq_length"] == max(dataset.train.lengths) == 256
+    content = (tmp_path / "data/meta.json").read_bytes()
+    assert dataset.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_unusable_datasets_are_one_line(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenized dataset there.*prepare_alpaca.py"):
+        load_dataset(tmp_path, tiny_checkpoint)
+    data = write_dataset(tmp_path, tiny_checkpoint)
+    save_checkpoint_folder(tmp_path / "short", max_position_embeddings=64)
+    with pytest.raises(UserError, match=r"sample of 256 tokens, the model's context holds 64"):
+        load_dataset(data, tmp_path / "short")
+    save_checkpoint_folder(tmp_path / "other")
+    tokenizer = tmp_path / "other/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(UserError, match=r"prepared with another tokenizer"):
+        load_dataset(data, tmp_path / "other")
+    flipped = bytearray((data / "val.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (data / "val.safetensors").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"val.safetensors.*Prepare it again"):
+        load_dataset(data, tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", r"a.json, line 1: malformed"),
+        ("a.json", '[{"a": 1},\n{"b" 2}]', r"a.json, line 2: malformed"),
+        ("a.json", '{"a": 1}', r"holds no records"),
+        ("a.jsonl", '{"a": 1}\n\n{"a"\n', r"a.jsonl, line 3: malformed"),
+        ("a.jsonl", "\n", r"holds no records"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv, line 3: .*Quote fields with a comma"),
+        ("a.csv", "a,b\n1\n", r"a.csv, line 2: .*Quote fields with a comma"),
+        ("a.csv", 'a,b\n1,2\n"1,2\n', r"a.csv, line 3: malformed"),
+        ("a.txt", "a", r"Pass a .json"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepare_json.read_records(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,output\nf\u00fcnf,5\n", "latin-1")
+    with pytest.raises(UserError, match=r"a.csv: not UTF-8 \(byte 20\)"):
+        prepare_json.read_records(tmp_path / "a.csv")
+
+
+CALL = {"role": "assistant", "content": None}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"question": "a", "output": "b"},
+            r"s.json, record 1: no column 'instruction', found: question",
+        ),
+        ({"instruction": "a"}, r"no column 'output'"),
+        ({"instruction": "a", "output": 3}, r"should be text"),
+        ("a", r"holds no records"),
+        ({"messages": [{"role": "human", "content": "a"}]}, r"not \['human'\]"),
+        ({"messages": [{"role": "user", "content": "a"}]}, r"answer to something"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, r"answer to something"),
+        ({"messages": [{"role": "user", "content": "a"}, CALL]}, r"should be text"),
+        ({"instruction": "half a \ud83d", "output": "b"}, r"record 1: .*surrogates not allowed"),
+    ],
+)
+def test_records_with_mistakes(tmp_path: Path, tiny_checkpoint: Path, record, message: str) -> None:
+    source = write(tmp_path / "s.json", [record])
+    with pytest.raises(UserError, match=message):
+        prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_in_the_data_dir_are_never_lost(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    data = write_dataset(tmp_path, tiny_checkpoint)
+    write_dataset(tmp_path, tiny_checkpoint)  # a dataset alone is replaced
+    (data / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists already, and holds notes.txt"):
+        write_dataset(tmp_path, tiny_checkpoint)
+    assert (data / "notes.txt").read_text() == "mine"
 
 
 def test_only_line_ends_end_a_row_of_a_csv(tmp_path: Path) -> None:
     file = tmp_path / "s.csv"
-    file.write_text('instruction,output\nfirst,one\u2028still\x0bone\r\n"se\ncond",two\n', "utf-8", newline="")
+    file.write_text(
+        'instruction,output\nfirst,one\u2028still\x0bone\r\n"se\ncond",two\n', "utf-8", newline=""
+    )
     assert prepare_json.read_records(file) == [
         {"instruction": "first", "output": "one\u2028still\x0bone"},
         {"instruction": "se\ncond", "output": "two"},
     ]
 
 
-def test_keys_of_other_programs_in_messages_are_left_out(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    turns = [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": "yo", "weight": 1}]
+def test_keys_of_other_programs_in_messages_are_left_out(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": "yo", "weight": 1},
+    ]
     source = write(tmp_path / "s.json", [{"messages": turns, "id": 3}])
     prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
-    assert len(PreparedSet(tmp_path / "out/train.safetensors")) == 1
+    assert len(read(tmp_path / "out/train.safetensors")) == 1
 
 
 def test_a_linked_folder_stays_linked(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "big disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big disk")
     for _ in range(2):
-        prepare_json.main(write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "link", val_size=1)
+        prepare_json.main(
+            write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "link", val_size=1
+        )
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "big disk/meta.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big disk", "link", "s.json"]
@@ -237,8 +402,12 @@ def test_a_linked_folder_stays_linked(tmp_path: Path, tiny_checkpoint: Path) -> 
 
 def test_samples_with_nothing_to_learn_are_dropped(tmp_path: Path) -> None:
     save_checkpoint_folder(tmp_path / "model")
-    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": false}')
-    source = write(tmp_path / "s.json", [{"instruction": "", "output": ""}, {"instruction": "", "output": "a"}])
+    (tmp_path / "model/tokenizer_config.json").write_text(
+        '{"eos_token": "</s>", "add_bos_token": false}'
+    )
+    source = write(
+        tmp_path / "s.json", [{"instruction": "", "output": ""}, {"instruction": "", "output": "a"}]
+    )
     prepare_json.main(source, tmp_path / "model", tmp_path / "out", val_size=0, template="none")
     assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_samples"] == 1
-    assert PreparedSet(tmp_path / "out/train.safetensors").label_counts == [1]
+    assert read(tmp_path / "out/train.safetensors").label_counts == [1]

@@ -11,13 +11,15 @@ from lit_llama import Tokenizer, UserError
 from lit_llama.prompts import TEMPLATES, encode_prompt, get_template, stop_ids
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -34,11 +36,13 @@ def user(content: str, input: str = "") -> list[dict[str, str]]:
 def test_alpaca_prompt_to_the_letter() -> None:
     render = TEMPLATES["alpaca"].render
     assert render(user("Name a colour.")) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
         "\n\n### Instruction:\nName a colour.\n\n### Response:"
     )
     assert render(user("Translate.", "un chat")) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, "
+        "paired with an input that provides further context. "
         "Write a response that appropriately completes the request."
         "\n\n### Instruction:\nTranslate.\n\n### Input:\nun chat\n\n### Response:"
     )
@@ -47,7 +51,9 @@ def test_alpaca_prompt_to_the_letter() -> None:
 def llama3_folder(folder: Path) -> Path:
     save_tokenizer(folder)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    backend.add_special_tokens(
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    )
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         '{"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "add_bos_token": true}'
@@ -57,16 +63,22 @@ def llama3_folder(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 @pytest.mark.parametrize("turns", [TURNS, TURNS[1:2]], ids=["conversation", "question"])
-def test_named_and_folders_templates_give_transformers_ids(tmp_path: Path, name: str, turns: list) -> None:
+def test_named_and_folders_templates_give_transformers_ids(
+    tmp_path: Path, name: str, turns: list
+) -> None:
     jinja = {"chatml": CHATML, "llama3": LLAMA3}[name]
     if name == "llama3":
         llama3_folder(tmp_path)
     else:
         save_tokenizer(tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": false}')
+        (tmp_path / "tokenizer_config.json").write_text(
+            '{"eos_token": "</s>", "add_bos_token": false}'
+        )
         turns = [turn | {"content": turn["content"].strip()} for turn in turns]
     (tmp_path / "chat_template.jinja").write_text(jinja)
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|begin_of_text|>")
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|begin_of_text|>"
+    )
     expected = theirs.apply_chat_template(
         turns, chat_template=jinja, add_generation_prompt=True, return_dict=False, tokenize=True
     )
@@ -85,7 +97,10 @@ def test_special_tokens_come_from_the_template_alone(tiny_checkpoint: Path) -> N
     for token in ("<|im_start|>", "<|im_end|>", "</s>"):
         assert ids.count(tokenizer.specials[token]) == plain.count(tokenizer.specials[token])
     # and yet the model reads the very characters
-    start, end = ids.index(tokenizer.specials["<|im_start|>"]) + 1, ids.index(tokenizer.specials["<|im_end|>"])
+    start, end = (
+        ids.index(tokenizer.specials["<|im_start|>"]) + 1,
+        ids.index(tokenizer.specials["<|im_end|>"]),
+    )
     assert tokenizer.decode(ids[start:end]) == f"user\n{trick}\n\n{trick}"
 
 
@@ -101,13 +116,21 @@ def test_stop_tokens_are_the_templates_and_the_models(tiny_checkpoint: Path) -> 
 
 def test_templates_that_cannot_be_used_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
     tokenizer = Tokenizer(tiny_checkpoint)
-    for name, message in (("vicuna", "Known: alpaca"), ("llama3", r"<\|eot_id\|>"), ("chat", "no chat template")):
+    for name, message in (
+        ("vicuna", "Known: alpaca"),
+        ("llama3", r"<\|eot_id\|>"),
+        ("chat", "no chat template"),
+    ):
         with pytest.raises(UserError, match=message):
             get_template(name, tokenizer)
     with pytest.raises(UserError, match="single instruction"):
         TEMPLATES["alpaca"].render(TURNS)
     save_tokenizer(tmp_path)
-    for jinja in ("{{ raise_exception('no system role') }}", "{% if %}", "{{ messages.__class__.__mro__ }}"):
+    for jinja in (
+        "{{ raise_exception('no system role') }}",
+        "{% if %}",
+        "{{ messages.__class__.__mro__ }}",
+    ):
         (tmp_path / "chat_template.jinja").write_text(jinja)
         with pytest.raises(UserError, match="chat template failed"):
             get_template("chat", Tokenizer(tmp_path))
@@ -116,7 +139,9 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path: Path, tiny_checkpoi
 @pytest.mark.parametrize(
     "jinja",
     [
-        CHATML.replace("{% for", "{% generation %}{% for").replace("{% endfor %}", "{% endfor %}{%- endgeneration -%}"),
+        CHATML.replace("{% for", "{% generation %}{% for").replace(
+            "{% endfor %}", "{% endfor %}{%- endgeneration -%}"
+        ),
         CHATML.replace("{% endfor %}", "{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}"),
         CHATML + "{% if false %}{{ strftime_now('%d %b %Y') }}{% endif %}",
     ],

@@ -1,4 +1,4 @@
-"""The README's table of methods, computed again from the 7B model's shapes."""
+"""The README's table of methods, computed from the shapes of the 7B model."""
 
 import re
 
@@ -8,20 +8,24 @@ from conftest import ROOT
 from lit_llama import LLaMA, LLaMAConfig
 from lit_llama.adapter import AdapterConfig, apply_adapter, apply_adapter_v2
 from lit_llama.lora import LoRAConfig, apply_lora
+from lit_llama.wrapping import unfreeze
 
+ALL, ADAPTER = ("all-linear",), AdapterConfig()
 METHODS = {
     "LoRA on query and value": lambda model: apply_lora(model, LoRAConfig()),
-    "LoRA on all linear layers": lambda model: apply_lora(model, LoRAConfig(targets=("all-linear",))),
-    "DoRA on all linear layers": lambda model: apply_lora(model, LoRAConfig(targets=("all-linear",), use_dora=True)),
-    "LLaMA-Adapter": lambda model: apply_adapter(model, AdapterConfig()),
-    "LLaMA-Adapter v2": lambda model: apply_adapter_v2(model, AdapterConfig()),
-    "full, bf16-mixed": lambda model: model.float().requires_grad_(True),
-    "full, bf16-true": lambda model: model.requires_grad_(True),
+    "LoRA on all linear layers": lambda model: apply_lora(model, LoRAConfig(targets=ALL)),
+    "DoRA on all linear layers": lambda model: apply_lora(
+        model, LoRAConfig(targets=ALL, use_dora=True)
+    ),
+    "LLaMA-Adapter": lambda model: apply_adapter(model, ADAPTER),
+    "LLaMA-Adapter v2": lambda model: apply_adapter_v2(model, ADAPTER),
+    "full, bf16-mixed": lambda model: unfreeze(model, "bf16-mixed"),
+    "full, bf16-true": lambda model: unfreeze(model, "bf16-true"),
 }
 
 
 def figures(name: str) -> tuple[str, str, str]:
-    """Trained parameters and their share, file size, memory of weights, gradients and AdamW's two moments."""
+    """Trained parameters and their share, file size, memory of weights, gradients and AdamW."""
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_name("7B")).bfloat16().requires_grad_(False)
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -37,6 +41,7 @@ def figures(name: str) -> tuple[str, str, str]:
 
 def test_table_of_methods() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| (.+?) \| `finetune/.+?` \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    row = r"^\| (.+?) \| `finetune/.+?` \| (.+?) \| (.+?) \| (.+?) \|$"
+    rows = re.findall(row, text, re.MULTILINE)
     found = {re.split(r", r 8| \(", row[0])[0]: row[1:] for row in rows}
     assert found == {name: figures(name) for name in METHODS}

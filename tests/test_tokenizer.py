@@ -1,4 +1,4 @@
-"""Token ids against `tokenizers`, `transformers` and `sentencepiece` on real text and on special tokens' spellings."""
+"""Token ids against `tokenizers`, `transformers` and `sentencepiece`, special tokens included."""
 
 import json
 import shutil
@@ -32,7 +32,9 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ids_of_tokenizer_model_are_sentencepieces(sentencepiece_folder: Path) -> None:
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    theirs = sentencepiece.SentencePieceProcessor(
+        model_file=str(sentencepiece_folder / "tokenizer.model")
+    )
     ours = Tokenizer(sentencepiece_folder)
     assert ours.vocab_size == 1000
     assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (1, 2, True)
@@ -70,12 +72,18 @@ def test_ids_of_smollm2_are_transformers() -> None:
 
 def test_bos_and_eos_come_from_the_folders_own_files(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    options = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "add_bos_token": False}
+    options = {
+        "bos_token": {"content": "<|im_start|>"},
+        "eos_token": "<|im_end|>",
+        "add_bos_token": False,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (3, 4, False)
     (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 4], "vocab_size": 300}')
+    (tmp_path / "config.json").write_text(
+        '{"bos_token_id": 1, "eos_token_id": [2, 4], "vocab_size": 300}'
+    )
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     (tmp_path / "config.json").unlink()
@@ -89,13 +97,24 @@ def test_bos_and_eos_come_from_the_folders_own_files(tmp_path: Path) -> None:
 def test_bos_that_a_template_spells_out_is_not_doubled(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode("<s>a", special=True) == tokenizer.encode("a") == [1, *tokenizer.encode("a", bos=False)]
+    assert (
+        tokenizer.encode("<s>a", special=True)
+        == tokenizer.encode("a")
+        == [1, *tokenizer.encode("a", bos=False)]
+    )
 
 
-def test_lone_surrogate_is_refused(tmp_path: Path) -> None:
+def test_folders_without_a_usable_tokenizer_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer.json and no tokenizer.model there"):
+        Tokenizer(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="surrogate at character 2"):
-        Tokenizer(tmp_path).encode("ab\ud800")
+    (tmp_path / "config.json").write_text('{"vocab_size": 299}')
+    with pytest.raises(UserError, match=r"300 tokens for an embedding of 299"):
+        Tokenizer(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer"):
+        Tokenizer(tmp_path)
 
 
 def test_named_chat_templates(tmp_path: Path) -> None:
@@ -122,13 +141,17 @@ def test_a_bos_setting_of_null_is_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": null}')
     assert not Tokenizer(tmp_path).adds_bos
     backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).adds_bos
     assert Tokenizer(tmp_path).encode("a")[0] == 1
 
 
-def test_added_tokens_beside_tokenizer_model_are_special(sentencepiece_folder: Path, tmp_path: Path) -> None:
+def test_added_tokens_beside_tokenizer_model_are_special(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
     shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 1000, "<|im_end|>": 1001}')
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -145,11 +168,19 @@ def test_words_start_with_a_space_only_at_the_start_of_the_text(tmp_path: Path) 
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], show_progress=False
+    )
     backend.train_from_iterator(TEXTS[: len(RECORDS)], trainer)
     backend.save(str(tmp_path / "tokenizer.json"))
-    theirs, ours = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")), Tokenizer(tmp_path)
+    theirs, ours = (
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
+        Tokenizer(tmp_path),
+    )
     for text in ("<s>[INST]What is gold?[/INST]A metal</s>", "What[INST] is", "gold", "[INST]"):
-        assert ours.encode(text, bos=False, special=True) == theirs(text, add_special_tokens=False).input_ids
+        assert (
+            ours.encode(text, bos=False, special=True)
+            == theirs(text, add_special_tokens=False).input_ids
+        )
         expected = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert ours.encode(text, bos=False) == expected

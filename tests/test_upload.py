@@ -1,4 +1,4 @@
-"""`scripts/upload.py` against a small hub on this machine: what arrives there, and what must not."""
+"""`scripts/upload.py` against a small hub on this machine."""
 
 import base64
 import hashlib
@@ -22,23 +22,32 @@ from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lit_llama import cli, load_model
-from lit_llama.adapter import AdapterConfig, apply_adapter, apply_adapter_v2, save_adapter
+from lit_llama import load_model
+from lit_llama.adapter import AdapterConfig
 from lit_llama.lora import load_lora
+from lit_llama.runtime import cli
+from lit_llama.storage.methods import METHODS, SaveInfo
 
 upload = load_script("scripts/upload.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKENS = {"good": 200, "read-only": 403}
-LORA_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "metrics.csv"}
+LORA_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.yaml",
+    "metrics.csv",
+}
 
 
 at_a_hub_of_ones_own = pytest.mark.skipif(
-    int(huggingface_hub.__version__.split(".")[0]) < 2, reason="this huggingface_hub has its cards checked elsewhere"
+    int(huggingface_hub.__version__.split(".")[0]) < 2,
+    reason="this huggingface_hub has its cards checked elsewhere",
 )
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What `huggingface_hub` asks for when it makes a repository and commits to it, weights through git LFS."""
+    """The requests of `huggingface_hub` for a new repository and a commit, weights by git LFS."""
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes] | None  # of me/tiny, None: there is no such repository
@@ -60,11 +69,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         hub.requests.append(path)
         if path == "/api/validate-yaml":
             known = "license: unheard-of" not in json.loads(body)["content"]
-            return self.send({"errors": [], "warnings": []}) if known else self.send(b'"license" must be one of', 400)
+            return (
+                self.send({"errors": [], "warnings": []})
+                if known
+                else self.send(b'"license" must be one of', 400)
+            )
         if path.startswith("/stored/"):
             hub.stored[path.rpartition("/")[2]] = body
             return self.send({})
-        if (status := TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "), 401)) != 200:
+        if (
+            status := TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "), 401)
+        ) != 200:
             return self.send({"error": "no"}, status)
         if path == "/api/repos/create":
             assert json.loads(body)["organization"] == "me"
@@ -74,10 +89,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send({"url": f"{self.address}/me/tiny"})
         if path == "/api/models/me/tiny":
             names = [{"rfilename": name} for name in hub.files]
-            return self.send({"id": "me/tiny", "sha": COMMIT, "private": hub.private, "siblings": names})
+            return self.send(
+                {"id": "me/tiny", "sha": COMMIT, "private": hub.private, "siblings": names}
+            )
         if path == "/api/models/me/tiny/preupload/main":
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if "safetensors" in f["path"] else "regular"}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if "safetensors" in f["path"] else "regular",
+                }
                 for f in json.loads(body)["files"]
             ]
             return self.send({"files": [mode | {"shouldIgnore": False} for mode in modes]})
@@ -85,7 +105,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             for wanted in objects:
                 if wanted["oid"] not in hub.stored:
-                    wanted["actions"] = {"upload": {"href": f"{self.address}/stored/{wanted['oid']}"}}
+                    wanted["actions"] = {
+                        "upload": {"href": f"{self.address}/stored/{wanted['oid']}"}
+                    }
             return self.send({"objects": objects})
         assert path == "/api/models/me/tiny/commit/main"
         for operation in map(json.loads, body.splitlines()):
@@ -98,7 +120,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 hub.files[value["path"]] = content
             elif operation["key"] == "deletedFile":
                 del hub.files[value["path"]]
-        return self.send({"commitUrl": f"{self.address}/me/tiny/commit/{COMMIT}", "commitOid": COMMIT})
+        return self.send(
+            {"commitUrl": f"{self.address}/me/tiny/commit/{COMMIT}", "commitOid": COMMIT}
+        )
 
     @property
     def address(self) -> str:
@@ -136,12 +160,15 @@ def hub() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_data: Path) -> Path:
-    """A folder with checkpoints/owner/tiny, data/tiny and, by the scripts, out/lora and out/full."""
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_data: Path
+) -> Path:
+    """A folder with checkpoints/owner/tiny, data/tiny and finetuned out/lora and out/full."""
     place = tmp_path_factory.mktemp("trained")
     shutil.copytree(tiny_checkpoint, place / "checkpoints/owner/tiny")
     shutil.copytree(tiny_data, place / "data/tiny")
-    common = "--checkpoint_dir checkpoints/owner/tiny --precision 32-true --train.max_steps 2 --train.batch_size 4"
+    common = "--checkpoint_dir checkpoints/owner/tiny --precision 32-true"
+    common += " --train.max_steps 2 --train.batch_size 4"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for method, data in (("lora", place / "data/tiny"), ("full", "data/tiny")):
@@ -185,14 +212,21 @@ def call(hub: str, place: Path, monkeypatch, capsys) -> Callable:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def collected(path: str, **flags) -> tuple[dict[str, bytes], ModelCard]:
     """What would go up: file contents by name, and the card."""
     result = upload.read_result(Path(path), flags.get("base_model"))
-    files = upload.files_of(result)
-    whole = {name: content if isinstance(content, bytes) else content.read_bytes() for name, content in files.items()}
+    files = upload.collect_files(result)
+    whole = {
+        name: content if isinstance(content, bytes) else content.read_bytes()
+        for name, content in files.items()
+    }
     return whole, upload.make_card(result, "me/tiny", flags.get("license"))
 
 
@@ -200,7 +234,12 @@ def collected(path: str, **flags) -> tuple[dict[str, bytes], ModelCard]:
 def test_a_lora_arrives_whole_and_works_there(hub: str, place: Path, tmp_path: Path) -> None:
     before = contents(place)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "good"}
+    environment |= {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "good",
+    }
     flags = ["--repo_id", "me/tiny", "--path", "out/lora", "--license", "mit"]
     command = [sys.executable, ROOT / "scripts/upload.py", *flags]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
@@ -227,18 +266,24 @@ def test_a_lora_arrives_whole_and_works_there(hub: str, place: Path, tmp_path: P
     base = place / "checkpoints/owner/tiny"
     ours, ids = load_model(base, dtype=torch.float32), torch.arange(5, 30)[None]
     load_lora(ours, place / "out/lora")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), arrived)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), arrived
+    )
     assert theirs.peft_config["default"].base_model_name_or_path == "owner/tiny"
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)  # fp32
 
 
 @at_a_hub_of_ones_own
-def test_a_second_upload_keeps_the_card_and_sends_no_weights_twice(call: Callable, place: Path) -> None:
+def test_a_second_upload_keeps_the_card_and_sends_no_weights_twice(
+    call: Callable, place: Path
+) -> None:
     assert call("--path", "out/lora")[0] == 0
     Hub.files["README.md"] = b"edited there"
     Hub.requests.clear()
-    (place / "out/lora/metrics.csv").write_text((place / "out/lora/metrics.csv").read_text().replace("0.01", "0.02"))
+    (place / "out/lora/metrics.csv").write_text(
+        (place / "out/lora/metrics.csv").read_text().replace("0.01", "0.02")
+    )
     status, out, _ = call("--path", "out/lora")
     assert status == 0
     assert "README.md that is there stays" in out
@@ -249,13 +294,22 @@ def test_a_second_upload_keeps_the_card_and_sends_no_weights_twice(call: Callabl
 
 @at_a_hub_of_ones_own
 def test_a_model_takes_the_place_of_another_ones_weights(call: Callable, place: Path) -> None:
-    Hub.files, Hub.private = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}, False
+    Hub.files, Hub.private = (
+        {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""},
+        False,
+    )
     Hub.files |= {"notes.md": b"mine", "README.md": b"older"}
     (place / "out/full/README.md").write_text("---\nlicense: mit\n---\n\n# By hand")
     status, out, _ = call("--path", "out/full", "--private", "false")
     assert status == 0
     assert "for everybody" in out
-    own = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    own = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
     assert Hub.files.keys() == own | {"README.md", "config.yaml", "metrics.csv", "notes.md"}
     assert Hub.files["README.md"] == (place / "out/full/README.md").read_bytes()
     assert Hub.files["model.safetensors"] == (place / "out/full/model.safetensors").read_bytes()
@@ -263,9 +317,19 @@ def test_a_model_takes_the_place_of_another_ones_weights(call: Callable, place: 
 
 REFUSALS = {
     "no token": (dict(token=None), "", 1, r"me/tiny: there is no token\. Make one"),
-    "unknown token": (dict(token="bad"), "", 1, r"me/tiny: refused \(401\), the token may not write there\. Make one"),
+    "unknown token": (
+        dict(token="bad"),
+        "",
+        1,
+        r"me/tiny: refused \(401\), the token may not write there\. Make one",
+    ),
     "token that may not write": (dict(token="read-only"), "", 1, r"me/tiny: refused \(403\)"),
-    "unknown licence": ({}, "--license unheard-of", 1, r'refuses this \("license" must be one of\)\. Check --license'),
+    "unknown licence": (
+        {},
+        "--license unheard-of",
+        1,
+        r'refuses this \("license" must be one of\)\. Check --license',
+    ),
     "a public one": ({}, "", 2, r"--private true: me/tiny is there already, for everybody"),
     "no connection": (
         dict(address="http://127.0.0.1:9"),
@@ -290,11 +354,12 @@ def test_a_refusal_is_one_line_and_nothing_arrives(call: Callable, case: tuple, 
     assert not Hub.stored
 
 
-def adapter(place: Path) -> None:
-    """A LoRA with an adapter beside it."""
-    model, config = load_model(place / "checkpoints/owner/tiny"), AdapterConfig(start_layer=1)
-    apply_adapter(model, config)
-    save_adapter(dict(model.named_parameters()), place / "out/lora/adapter", config, model, "checkpoints/owner/tiny")
+def save_untrained(method: str, out: Path, base: Path, template: str = "") -> None:
+    """Save an adapter as it is initialized."""
+    model, config = load_model(base), AdapterConfig(start_layer=1)
+    METHODS[method].apply(model, config)
+    info = SaveInfo(model, str(base), template)
+    METHODS[method].save(out, model.named_parameters(), config, info)
 
 
 def edit_json(file: Path, **changes) -> None:
@@ -321,7 +386,9 @@ MISTAKES = {
     "bad name": (None, "--repo_id me/a--b", r"--repo_id me/a--b: should be owner/name", 2),
     "bad base": (None, "--base_model x", r"--base_model x: should be owner/name", 2),
     "base without an owner": (
-        lambda p: edit_json(p / "out/lora/adapter_config.json", base_model_name_or_path="checkpoints/tiny"),
+        lambda p: edit_json(
+            p / "out/lora/adapter_config.json", base_model_name_or_path="checkpoints/tiny"
+        ),
         *("", r"--base_model: out/lora calls its base 'checkpoints/tiny'", 2),
     ),
     "a card of this machine": (
@@ -345,7 +412,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_one_line(call: Callable, place: Path, case: tuple, monkeypatch, request) -> None:
+def test_mistakes_are_one_line(
+    call: Callable, place: Path, case: tuple, monkeypatch, request
+) -> None:
     breaks, flags, message, status = case
     if breaks is not None:
         breaks(place)
@@ -379,8 +448,16 @@ def test_the_card_tells_recipe_losses_and_data(place: Path) -> None:
     last = (place / "out/lora/metrics.csv").read_text().splitlines()[-1].split(",")
     after = float(last[4])
     assert f"Validation loss before: {state['first_val_loss']:.4f}. After: {after:.4f}." in text
-    assert f"`records.json` (sha256 `{meta['sha256']}`), 60 records: 50 samples to train, 10 to validate" in text
-    for line in ("| lora.r | 8 |", "| lora.alpha | 16", "| train.learning_rate | 0.01 |", "| train.batch_size | 4 |"):
+    assert (
+        f"`records.json` (sha256 `{meta['sha256']}`), 60 records: "
+        "50 samples to train, 10 to validate" in text
+    )
+    for line in (
+        "| lora.r | 8 |",
+        "| lora.alpha | 16",
+        "| train.learning_rate | 0.01 |",
+        "| train.batch_size | 4 |",
+    ):
         assert line in text
     assert "micro_batch_tokens" not in text
     assert "Template `alpaca`" in text
@@ -394,7 +471,10 @@ def test_the_card_tells_recipe_losses_and_data(place: Path) -> None:
 def test_a_model_without_a_run_claims_no_training(place: Path) -> None:
     (place / "out/full/config.yaml").unlink()
     files, card = collected("out/full")
-    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
     assert "config.yaml" not in files
     assert "Training" not in card.content
     assert 'AutoModelForCausalLM.from_pretrained("me/tiny")' in card.content
@@ -402,18 +482,18 @@ def test_a_model_without_a_run_claims_no_training(place: Path) -> None:
 
 
 def test_adapters_go_up(place: Path) -> None:
-    adapter(place)
+    base = place / "checkpoints/owner/tiny"
+    save_untrained("llama_adapter", place / "out/lora/adapter", base)
     files, card = collected("out/lora")
     assert files.keys() == LORA_FILES - {"README.md"} | {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
-    assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == "owner/tiny"
+    assert (
+        json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == "owner/tiny"
+    )
     assert "without the adapter" in card.content
-    model, config = load_model(place / "checkpoints/owner/tiny"), AdapterConfig(start_layer=1)
-    apply_adapter_v2(model, config)
-    base = str(place / "checkpoints/owner/tiny")
-    save_adapter(dict(model.named_parameters()), place / "out/v2", config, model, base, "chat")
+    save_untrained("llama_adapter_v2", place / "out/v2", base, "chat")
     files, card = collected("out/v2")
     assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert card.data.tags == ["llama-adapter-v2"]
@@ -424,10 +504,16 @@ def test_adapters_go_up(place: Path) -> None:
 def test_no_path_of_this_machine_goes_up(place: Path) -> None:
     flags = yaml.safe_load((place / "out/lora/config.yaml").read_text())
     assert flags["data_dir"] == str(Path(flags["data_dir"]).absolute())  # as it was typed
-    flags |= {"out_dir": "~/runs/secret", "logs": ["../mike/logs", "file:///home/mike/runs", "out/logs"]}
+    flags |= {
+        "out_dir": "~/runs/secret",
+        "logs": ["../mike/logs", "file:///home/mike/runs", "out/logs"],
+    }
     flags["checkpoint_dir"] = "/home/mike/checkpoints/owner/tiny"
     (place / "out/lora/config.yaml").write_text(yaml.safe_dump(flags))
-    edit_json(place / "out/lora/adapter_config.json", base_model_name_or_path="/home/mike/checkpoints/owner/tiny")
+    edit_json(
+        place / "out/lora/adapter_config.json",
+        base_model_name_or_path="/home/mike/checkpoints/owner/tiny",
+    )
     files, card = collected("out/lora")
     expected = {"data_dir": "tiny", "out_dir": "secret", "logs": ["logs", "runs", "out/logs"]}
     expected["checkpoint_dir"] = "checkpoints/owner/tiny"
@@ -435,7 +521,11 @@ def test_no_path_of_this_machine_goes_up(place: Path) -> None:
     assert b"mike" not in b"".join(files.values()) + card.content.encode()
     save_checkpoint_folder(place / "model")
     edit_json(place / "model/config.json", _name_or_path="/home/mike/tiny", vocab_size=384)
-    edit_json(place / "model/tokenizer_config.json", tokenizer_file="/home/mike/a.json", chat_template="{{ a }} /b")
+    edit_json(
+        place / "model/tokenizer_config.json",
+        tokenizer_file="/home/mike/a.json",
+        chat_template="{{ a }} /b",
+    )
     files, _ = collected("model")
     assert json.loads(files["config.json"])["_name_or_path"] == ""
     assert json.loads(files["tokenizer_config.json"])["tokenizer_file"] == "a.json"

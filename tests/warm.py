@@ -1,8 +1,9 @@
 """A Python that starts at once: it forks from a process that has imported the libraries already.
 
-`start(folder)` gives the path of an executable that takes `script.py ...`, `-m module ...` or `-c code ...` as `python`
-does, with the environment, working folder and streams that it is called with, and passes SIGTERM and SIGINT on. It is
-for tests that need processes of their own, but are not about how Python starts or what its process number is.
+`start(folder)` returns the path of an executable that takes `script.py ...`, `-m module ...` or
+`-c code ...` as `python` does, with the environment, working folder and streams that it is called
+with. It passes on SIGTERM and SIGINT. It is for tests that need processes of their own, but are not
+about how Python starts or what its process number is.
 """
 
 import importlib
@@ -18,7 +19,12 @@ import sys
 import traceback
 from pathlib import Path
 
-PRELOADED = ("lit_llama.chat", "lit_llama.many_loras", "lit_llama.training", "torchmetrics.functional.text")
+PRELOADED = (
+    "lit_llama.fast.decoding",
+    "lit_llama.generation",
+    "lit_llama.training",
+    "torchmetrics.functional.text",
+)
 
 LAUNCHER = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -43,7 +49,8 @@ os._exit(status)
 
 def start(folder: Path) -> tuple[str, subprocess.Popen]:
     """The executable, and the process that it forks from, which ends with this one."""
-    address = f"\0lit-llama-tests-{os.getpid()}"  # of no file: a path might be too long for a socket
+    # an abstract address: the path of a file might be too long for a socket
+    address = f"\0lit-llama-tests-{os.getpid()}"
     launcher = folder / "python"
     launcher.write_text(LAUNCHER.format(python=sys.executable, address=address))
     launcher.chmod(0o700)
@@ -62,7 +69,8 @@ def serve(address: str) -> None:
         listening.bind(address)
         listening.listen(16)
         print(flush=True)
-        while 0 not in select.select([listening, 0], [], [])[0]:  # 0: what has started this one is gone
+        # stdin closes when the process that has started this one is gone
+        while 0 not in select.select([listening, 0], [], [])[0]:
             caller, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
@@ -76,7 +84,8 @@ def answer(caller: socket.socket) -> None:
     """Run what a launcher asks for, and tell it how that ended."""
     length, streams, _, _ = socket.recv_fds(caller, 8, 3)
     with caller.makefile("rb") as stream:
-        words, folder, environment, launcher = json.loads(stream.read(struct.unpack("<Q", length)[0]))
+        call = stream.read(struct.unpack("<Q", length)[0])
+    words, folder, environment, launcher = json.loads(call)
     if child := os.fork():
         caller.sendall(f"{child}\n".encode())
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -89,7 +98,8 @@ def answer(caller: socket.socket) -> None:
             os.dup2(stream, number)
             os.close(stream)
         modes = ("r", "w", "w")
-        sys.stdin, sys.stdout, sys.stderr = (open(n, modes[n], buffering=1, closefd=False) for n in range(3))  # noqa: SIM115
+        files = (open(n, modes[n], buffering=1, closefd=False) for n in range(3))  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = files
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)

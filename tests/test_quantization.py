@@ -1,6 +1,7 @@
-"""Quantized layers against bitsandbytes, torch and plain arithmetic; training and answering with them."""
+"""Quantized layers against bitsandbytes, torch and plain arithmetic; training and inference."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -10,20 +11,33 @@ from conftest import load_script, make_hf_model
 from torch import nn
 
 from lit_llama import UserError, load_model
-from lit_llama.checkpoint import load_weights
-from lit_llama.decoding import prepare
+from lit_llama.fast.decoding import optimize_for_inference
+from lit_llama.fast.quantization import (
+    FOR_DECODING,
+    FOR_TRAINING,
+    FP8Linear,
+    Int4Linear,
+    Int8Linear,
+    NF4Linear,
+    quantization,
+)
 from lit_llama.generation import generate
 from lit_llama.lora import LoRAConfig, apply_lora
-from lit_llama.quantize import FOR_DECODING, FOR_TRAINING, FP8Linear, Int4Linear, Int8Linear, NF4Linear, quantization
+from lit_llama.runtime.args import RunArgs
+from lit_llama.runtime.devices import setup_model
+from lit_llama.storage.model_folder import load_weights
+from lit_llama.training import TrainArgs
 
-# relative error of W: half a step of 1/127 of a row's largest, of 1/15 of a group's range; NF4's; half of 3 bits
+# relative error of W: half a step of 1/127 of a row's maximum, of 1/15 of a group's range, of NF4,
+# of 3 bits
 BOUNDS = {"int8": 0.01, "int4": 0.11, "nf4": 0.10, "fp8": 0.03}
 KINDS = FOR_DECODING | FOR_TRAINING
 
 
 @pytest.fixture(autouse=True)
-def fp8_where_this_torch_has_it(request) -> None:
-    if "fp8" in request.node.name.lower() and not torch.cuda.is_available() and torch.__version__ < (2, 13):
+def fp8_needs_torch_2_13_on_the_cpu(request) -> None:
+    lacks_fp8 = not torch.cuda.is_available() and torch.__version__ < (2, 13)
+    if "fp8" in request.node.name.lower() and lacks_fp8:
         with pytest.raises(UserError, match=r"on the CPU it needs torch 2\.13"):
             quantization("fp8", FOR_TRAINING)
         pytest.skip("fp8 on the CPU needs torch 2.13")
@@ -37,7 +51,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
-def test_nf4_is_that_of_bitsandbytes() -> None:
+def test_nf4_equals_that_of_bitsandbytes() -> None:
     weight = normal(64, 256, dtype=torch.float32)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     layer = NF4Linear(weight)
@@ -45,7 +59,7 @@ def test_nf4_is_that_of_bitsandbytes() -> None:
     assert torch.equal(layer.dequantize(), bnb.dequantize_4bit(codes, state))
 
 
-def test_int8_is_that_of_torch() -> None:
+def test_int8_equals_that_of_torch() -> None:
     weight = normal(64, 256, dtype=torch.float32)
     scales, zeros = weight.abs().amax(dim=1) / 127, torch.zeros(64, dtype=torch.int32)
     expected = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)
@@ -53,18 +67,19 @@ def test_int8_is_that_of_torch() -> None:
 
 
 def test_int4_is_at_most_half_a_step_off() -> None:
-    weight = normal(32, 256, dtype=torch.float32)
-    layer = Int4Linear(weight.bfloat16())
-    groups = weight.bfloat16().float().unflatten(1, (-1, layer.group))
+    weight = normal(32, 256)
+    layer = Int4Linear(weight)
+    groups = weight.float().unflatten(1, (-1, layer.group))
     step = (groups.amax(-1) - groups.amin(-1)) / 15
-    error = (layer.dequantize().float() - weight.bfloat16().float()).unflatten(1, (-1, layer.group)).abs().amax(-1)
-    assert (error <= 0.5 * step + 0.02).all()  # scale, zero point and result are rounded to bf16
+    error = layer.dequantize().float().unflatten(1, (-1, layer.group)) - groups
+    # scale, zero point and result are rounded to bf16
+    assert (error.abs().amax(-1) <= 0.5 * step + 0.02).all()
     assert layer.int4.numel() * layer.int4.element_size() == weight.numel() / 2
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_matmul_is_that_of_the_weight_it_stands_for(name: str, rows: int) -> None:
+def test_matmul_is_that_of_the_dequantized_weight(name: str, rows: int) -> None:
     weight, bias, x = normal(48, 128, seed=1), normal(48, seed=2), normal(rows, 128, seed=3)
     layer = KINDS[name](weight, bias)
     assert relative_error(layer.dequantize(), weight) < BOUNDS[name]
@@ -75,20 +90,20 @@ def test_matmul_is_that_of_the_weight_it_stands_for(name: str, rows: int) -> Non
 
 
 @pytest.mark.parametrize("kind", [NF4Linear, FP8Linear])
-def test_gradient_is_that_of_the_weight_it_stands_for(kind) -> None:
-    layer, x, grad = kind(normal(48, 128, seed=1)), normal(9, 128, seed=2).requires_grad_(), normal(9, 48, seed=3)
+def test_gradient_is_that_of_the_dequantized_weight(kind) -> None:
+    layer, grad = kind(normal(48, 128, seed=1)), normal(9, 48, seed=3)
+    x = normal(9, 128, seed=2).requires_grad_()
     (actual,) = torch.autograd.grad(layer(x), x, grad)
-    assert relative_error(actual, grad.double() @ layer.dequantize().double()) < (0.04 if kind is FP8Linear else 0.01)
+    expected = grad.double() @ layer.dequantize().double()
+    assert relative_error(actual, expected) < (0.04 if kind is FP8Linear else 0.01)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers wide enough for every kind."""
+    """Layers wide enough for every quantization."""
     path = tmp_path_factory.mktemp("model")
-    sizes = dict(
-        hidden_size=128, intermediate_size=256, num_key_value_heads=2, attention_bias=True, initializer_range=0.05
-    )
-    make_hf_model(**sizes).save_pretrained(path)
+    sizes = dict(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    make_hf_model(**sizes, attention_bias=True, initializer_range=0.05).save_pretrained(path)
     return path
 
 
@@ -96,28 +111,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_of_a_quantized_model_stay_near(folder: Path, name: str, bound: float) -> None:
     input_ids = torch.arange(3, 43)[None]
     plain, quantized = (load_model(folder) for _ in range(2))
-    prepare(quantized, torch.device("cpu"), name)
+    optimize_for_inference(quantized, torch.device("cpu"), name)
     assert relative_error(quantized(input_ids), plain(input_ids)) < bound
     assert len(generate(quantized, input_ids[0], 5, temperature=0)) == 45
 
 
 @pytest.mark.parametrize("name", FOR_TRAINING)
-def test_frozen_layers_alone_are_quantized_when_a_method_trains(folder: Path, name: str) -> None:
+def test_only_frozen_layers_are_quantized_for_training(folder: Path, name: str) -> None:
     model = load_model(folder)
     apply_lora(model, LoRAConfig(targets=("q_proj",), use_dora=True))
     load_weights(model, folder, quantize=name)
     layer = model.layers[1]
     assert type(layer.self_attn.q_proj.base) is type(layer.mlp.up_proj) is FOR_TRAINING[name]
     assert type(model.lm_head) is nn.Linear
-    lengths = torch.linalg.vector_norm(layer.self_attn.q_proj.base.dequantize().float(), dim=1)
-    torch.testing.assert_close(layer.self_attn.q_proj.lora_magnitude_vector, lengths)
-    loss = model(torch.arange(3, 13), positions=torch.arange(9), labels=torch.arange(4, 13))
+    norms = torch.linalg.vector_norm(layer.self_attn.q_proj.base.dequantize().float(), dim=1)
+    torch.testing.assert_close(layer.self_attn.q_proj.lora_magnitude_vector, norms)
+    batch = dict(label_positions=torch.arange(9), labels=torch.arange(4, 13))
+    loss = model(torch.arange(3, 13), **batch)
     loss.backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
-        n for n, _ in model.named_parameters() if ".lora_" in n
-    }
-    reference = load_model(folder)
-    expected = reference(torch.arange(3, 13), positions=torch.arange(9), labels=torch.arange(4, 13))
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    expected = load_model(folder)(torch.arange(3, 13), **batch)
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
 
 
@@ -129,28 +143,33 @@ def test_lora_on_a_quantized_base_learns_and_answers(
     checkpoint.mkdir()
     for file in [*folder.iterdir(), *tiny_checkpoint.glob("tokenizer*")]:
         (checkpoint / file.name).symlink_to(file)
-    load_script("scripts/prepare_json.py").main(records_file, checkpoint, tmp_path / "data", val_size=10)
-    job = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", out_dir=tmp_path / "out")
-    finetune = load_script("finetune/lora.py")
-    finetune.main(**job, quantize=name, train=finetune.TrainArgs(max_steps=12, batch_size=16, learning_rate=1e-2))
-    first, last = capsys.readouterr().out.split("done: val loss ")[1].split(",")[0].split(" -> ")
-    assert float(last) < float(first) - 0.3
-    load_script("generate/lora.py").main(lora_path=[tmp_path / "out"], prompt="Hi", max_new_tokens=5, quantize="int8")
+    prepare = load_script("scripts/prepare_json.py").main
+    prepare(records_file, checkpoint, tmp_path / "data", val_size=10)
+    run = RunArgs(tmp_path / "out", checkpoint, tmp_path / "data", quantize=name)
+    train = TrainArgs(max_steps=12, batch_size=16, learning_rate=1e-2)
+    load_script("finetune/lora.py").main(run, train=train)
+    losses = capsys.readouterr().out.split("done: val loss ")[1].split(",")[0].split(" -> ")
+    assert float(losses[1]) < float(losses[0]) - 0.3
+    script = load_script("generate/lora.py")
+    args = script.AnswerArgs("Hi", max_new_tokens=5, quantize="int8")
+    script.main(args, [tmp_path / "out"])
     assert "tokens/sec" in capsys.readouterr().err
 
 
-def test_what_can_not_be_quantized_is_refused(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> None:
-    job = dict(checkpoint_dir=tiny_checkpoint, data_dir=tiny_data, out_dir=tmp_path / "out")
-    lora, full = (load_script(f"finetune/{name}.py").main for name in ("lora", "full"))
-    with pytest.raises(UserError, match=r"--quantize int5: unknown. Known: nf4, fp8"):
-        lora(**job, quantize="int5")
+def test_unsupported_quantization_is_refused(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+) -> None:
+    run = RunArgs(tmp_path / "out", tiny_checkpoint, tiny_data, quantize="nf4")
+    with pytest.raises(UserError, match="int5: unknown"):
+        quantization("int5", FOR_TRAINING)
     with pytest.raises(UserError, match="works on one device"):
-        lora(**job, quantize="nf4", devices=2)
-    with pytest.raises(UserError, match="all linear layers train"):
-        full(**job, quantize="nf4")
+        setup_model(Mock(world_size=2), load_model(tiny_checkpoint), tiny_checkpoint, "nf4")
+    with pytest.raises(UserError, match="all of them train"):
+        load_script("finetune/full.py").main(run)
+    base = load_script("generate/base.py")
     with pytest.raises(UserError, match="Known: int8, int4"):
-        load_script("generate/base.py").main(checkpoint_dir=tiny_checkpoint, prompt="Hi", quantize="nf4")
-    with pytest.raises(UserError, match="no multiple of 64"):
+        base.main(base.AnswerArgs("Hi", quantize="nf4"), tiny_checkpoint)
+    with pytest.raises(UserError, match="not a multiple of 64"):
         NF4Linear(torch.ones(8, 40))
     with pytest.raises(UserError, match="does not fit the kernel"):
         Int4Linear(torch.ones(16, 40))
