@@ -175,7 +175,8 @@ def resolve_model_dir(path: Path, checkpoint_dir: Path | None = None) -> Path:
     for folder in (Path(base), Path("checkpoints") / base):
         if base and folder.is_dir():
             return folder
-    raise UserError(f"{path}: its base model {str(base)!r} is not a folder here. Pass --checkpoint_dir")
+    problem = f"its base model {str(base)!r} is not a folder here"
+    raise UserError(f"{path}: {problem}. Pass --checkpoint_dir")
 
 
 def training_template(path: Path) -> str | None:
