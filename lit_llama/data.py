@@ -79,8 +79,8 @@ def split_across_ranks(batches: list[list[int]], rank: int, world_size: int) -> 
 def sample_indices(positions: range, num_samples: int, seed: int) -> list[int]:
     """Return the samples at the given global positions of a run; each epoch is reshuffled."""
     # a function of the seed alone: a resumed run needs to know only its position
-    steps = [divmod(position, num_samples) for position in positions]
-    return [_epoch_order(epoch, num_samples, seed)[index] for epoch, index in steps]
+    places = [divmod(position, num_samples) for position in positions]
+    return [_epoch_order(epoch, num_samples, seed)[index] for epoch, index in places]
 
 
 @lru_cache(maxsize=2)  # a step may cross from one epoch into the next

@@ -2,7 +2,7 @@
 
 # torch draws a mask by the shape of a tensor, so another micro-batch size would give another loss
 # curve. Here the mask of a token follows from the seed, the step, its sample and its position. A
-# table of 4,096 random mask rows is drawn once; each sample starts at a row of its own and walks
+# table of 4,096 random mask rows is made once per width; a sample starts at a hashed row and walks
 # down. So a step costs one gather and no random numbers.
 
 import zlib

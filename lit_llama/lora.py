@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is None:
             return y + update
         # The bias is not scaled. Written so that a scale of one and an update of zero return y
-        # bit by bit, which is where training starts.
+        # unchanged to the bit, which is where training starts.
         scale = self.dora_scale()
         without_bias = y if self.base.bias is None else y - self.base.bias
         return y + (scale - 1).to(y.dtype) * without_bias + scale.to(y.dtype) * update
@@ -74,7 +74,7 @@ class LoRALinear(nn.Module):
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     def dora_scale(self) -> Tensor:
-        """Compute m / |W + scaling B A| for the present weights, (out_features,) in fp32."""
+        """Compute m / |W + scaling B A| for the current weights, (out_features,) in fp32."""
         a, b = self.lora_A.weight, self.lora_B.weight
         return dora_scale(self.base.weight, a, b, self.scaling, self.lora_magnitude_vector)
 

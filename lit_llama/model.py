@@ -88,7 +88,7 @@ class LLaMA(nn.Module):
             if lengths is None:
                 lengths = [seq] * (input_ids.numel() // seq)
             seqs = PackedSequences(lengths, input_ids.device)
-        # The position of each token in its own sequence, behind those that are cached.
+        # The position of each token in its own sequence, after those that are cached.
         if kv_cache is None:
             positions = seqs.positions
         else:

@@ -118,7 +118,7 @@ def _folder_template(tokenizer: Tokenizer) -> Template:
         except Exception as error:  # a template may raise anything
             raise UserError(f"{folder}: its chat template failed ({error!r})") from None
 
-    # the first special token behind an answer ends it
+    # the first special token after an answer ends it
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "answer"}]
     suffix = render(turns, add_generation_prompt=False).rpartition("answer")[2]
     ends = sorted(token for token in tokenizer.specials if token in suffix)

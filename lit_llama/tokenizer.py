@@ -79,7 +79,7 @@ class Tokenizer:
         starts_words = getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
 
         def encode(text: str, first: bool) -> list[int]:
-            if starts_words:  # a space in front of the text, but not behind each special token
+            if starts_words:  # a space before the text, but not after each special token
                 backend.pre_tokenizer.prepend_scheme = "first" if first else "never"
             return backend.encode(text, add_special_tokens=False).ids
 

@@ -30,7 +30,7 @@ def base_parameters(model: LLaMA) -> dict[str, tuple[nn.Module, str]]:
 
 
 def base_linears(model: LLaMA) -> dict[str, nn.Linear]:
-    """Return the linear layers of the LLaMA itself, by their present names."""
+    """Return the linear layers of the LLaMA itself, by their current names."""
     own = {id(module) for module, _ in base_parameters(model).values()}
     linears = [pair for pair in model.named_modules() if isinstance(pair[1], nn.Linear)]
     return {name: linear for name, linear in linears if id(linear) in own}

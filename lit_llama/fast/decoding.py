@@ -138,7 +138,7 @@ class StaticLLaMA(LLaMA):
 class StaticKVCache(KVCache):
     """A cache whose decoding step has the same shapes each time, for torch.compile and CUDA graphs.
 
-    Attention looks at all of `max_seq_length`, behind a mask. Only the device knows the lengths.
+    Attention looks at all of `max_seq_length`, with a mask. Only the device knows the lengths.
     """
 
     def visible_length(self, new_tokens: int) -> int:

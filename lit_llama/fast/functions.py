@@ -40,7 +40,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             for some_logits, some_labels in zip(logits.split(rows), y.split(rows), strict=True):
                 log_probs = some_logits.float().log_softmax(-1)
                 loss -= log_probs.gather(1, some_labels).sum()
-                # d loss / d logits = softmax(logits) - one_hot(labels), in the place of the logits
+                # d loss / d logits = softmax(logits) - one_hot(labels), in place of the logits
                 minus_one = torch.full_like(some_labels, -1, dtype=torch.float32)
                 some_logits.copy_(log_probs.exp_().scatter_add_(1, some_labels, minus_one))
             if needs_hidden:

@@ -20,7 +20,7 @@ recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def use_fast_paths(model: LLaMA) -> None:
-    """Swap the classes of all modules for their fast equals, in place, before sharding.
+    """Swap the classes of all modules for their fast counterparts, in place, before sharding.
 
     Parameters, names and hooks stay. Modules of other classes are left alone.
     """

@@ -37,6 +37,8 @@ TIMEOUT = timedelta(minutes=30)  # rank 0 may write tens of GB while the others 
 
 def inference_dtype(precision: str) -> torch.dtype:
     """Return the dtype of the weights for inference."""
+    if precision not in ("bf16-true", "32-true"):
+        raise UsageError(f"--precision {precision}: unknown. Known: bf16-true, 32-true")
     return PRECISIONS[precision]
 
 
@@ -108,7 +110,7 @@ def setup_model(
 
 @contextmanager
 def sync_errors(fabric: Fabric) -> Iterator[None]:
-    """Exit all processes if the block raises an error in one of them.
+    """Exit all processes if the block raises UserError, OSError or SystemExit in one of them.
 
     Collectives inside the block need blocks of their own: a process that has failed waits for the
     others at the end of its innermost block.

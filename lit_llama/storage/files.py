@@ -59,7 +59,7 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
-    """Write a safetensors file. Equal content gives equal bytes."""
+    """Write a safetensors file. Equal content gives byte-identical files."""
     try:
         save_file(tensors, file, {"format": "pt"} | metadata)
     except SafetensorError as error:  # a full disk
@@ -126,7 +126,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path) -> str | None:
-    """Return the first missing or corrupted file and the problem, None for an intact folder."""
+    """Return the first missing or corrupted file, None if all are intact or not listed."""
     if not (folder / CHECKSUMS).exists():
         return None
     lines = (folder / CHECKSUMS).read_text("utf-8", errors="replace").splitlines()

@@ -33,7 +33,7 @@ FREE_FLAGS = re.compile(
 
 @dataclass
 class Progress:
-    """Progress of a run. With the seed it determines all further samples and learning rates."""
+    """Progress of a run. With seed and recipe it determines what follows."""
 
     step: int = 0
     samples: int = 0
@@ -98,7 +98,7 @@ def lock_folder(folder: Path) -> int:
 
 @dataclass
 class RunFolder(AbstractContextManager):
-    """Write the checkpoints and the result of a run; unlock its folder when the block ends.
+    """Write the checkpoints and the result of a run; its folder is locked from `begin` on.
 
     All processes call all methods together. An error in one process ends all of them.
     """

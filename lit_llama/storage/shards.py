@@ -1,4 +1,4 @@
-"""Sharding of a model over processes by FSDP2: each holds some rows of every parameter."""
+"""Sharding of a model over processes by FSDP2: each holds a part of the rows of every parameter."""
 
 from collections.abc import Iterable, Iterator
 
