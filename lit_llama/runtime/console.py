@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from tqdm import tqdm
 
+from lit_llama.fast.quantization import QuantizedLinear
 from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.devices import peak_memory_bytes
 
@@ -26,9 +27,12 @@ class Console:
         disable = None if fabric.is_global_zero else True  # None: unless it is a terminal
         self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=disable)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]  # in buffers
+        total += sum(layer.in_features * layer.out_features for layer in quantized)
         devices = f"{fabric.world_size} devices" if fabric.world_size > 1 else fabric.device
         steps = f"{num_steps} steps of {train.batch_size} samples"
-        self.print(f"training {trained:,} parameters on {devices}, {steps}")
+        self.print(f"training {trained:,} of {total:,} parameters on {devices}, {steps}")
         if first_step > 0:
             self.print(f"resuming after step {first_step}")
 
