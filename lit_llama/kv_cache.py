@@ -29,6 +29,7 @@ class KVCache:
         shape = (layers, batch_size, heads, max_seq_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = list(zip(self.keys, self.values, strict=True))  # views, made only once
         self.groups = config.num_attention_heads // heads  # query heads that share a key head
         # What is stored. `length`, of the longest row, is known without asking the GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -76,7 +77,7 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values, (tokens, num_key_value_heads, head_dim) each."""
-        for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
+        for cache, new in zip(self.layers[layer], (key, value), strict=True):
             if self.seqs is None and self.uniform:
                 # All rows end at the same place, so this is one slice: faster than an index.
                 place = cache[:, :, self.length : self.length + self.new_tokens]
@@ -87,7 +88,7 @@ class KVCache:
     def attend(self, layer: int, query: Tensor) -> Tensor:
         """Attend causally to all cached tokens; query and result (tokens, heads, head_dim)."""
         new, groups, end = self.new_tokens, self.groups, self.visible_length(self.new_tokens)
-        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values = (cache[:, :, :end] for cache in self.layers[layer])
         batch_size, heads, _, dim = keys.shape
         # The query heads that share a key head become rows of one matrix, beside the new tokens:
         # (batch * new, heads * groups, dim) -> (batch, heads, groups * new, dim)

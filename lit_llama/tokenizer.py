@@ -22,7 +22,6 @@ class Tokenizer:
     # specials: ids of the special tokens (BOS, EOS, `<|im_end|>`...) by spelling
     # chat_template: Jinja chat template, None if the folder has none
     # path, sha256: tokenizer file and its checksum, which a tokenized dataset stores
-
     def __init__(self, checkpoint_dir: str | Path) -> None:
         self.path = Path(checkpoint_dir) / "tokenizer.json"
         if not self.path.exists():
