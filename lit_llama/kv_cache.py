@@ -79,7 +79,7 @@ class KVCache:
         """Store the new keys and values, (tokens, num_key_value_heads, head_dim) each."""
         for cache, new in zip(self.layers[layer], (key, value), strict=True):
             if self.seqs is None and self.uniform:
-                # All rows end at the same place, so this is one slice: faster than an index.
+                # All rows end at the same place, so this is one slice: cheaper than an index.
                 place = cache[:, :, self.length : self.length + self.new_tokens]
                 place.copy_(new.unflatten(0, (-1, self.new_tokens)).transpose(1, 2))
             else:

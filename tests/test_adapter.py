@@ -187,7 +187,8 @@ def test_a_saved_adapter_loads_with_the_same_logits(
     biases = dict(attention_bias=bias, mlp_bias=bias)
     make_hf_model(num_key_value_heads=2, **biases).save_pretrained(folder)
     model = load_model(folder, dtype=torch.float32)
-    methods.METHODS[method].apply(model, CONFIG)
+    apply = {"llama_adapter": apply_adapter, "llama_adapter_v2": apply_adapter_v2}[method]
+    apply(model, CONFIG)
     save(randomized(model), tmp_path / "adapter", **{method: CONFIG})
     loaded = load_model(folder, dtype=torch.float32)
     load_method(loaded, tmp_path / "adapter")
