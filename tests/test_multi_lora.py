@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_llama import UserError, load_model
 from lit_llama.adapter import AdapterConfig, apply_adapter
-from lit_llama.fast.decoding import optimize_for_inference
+from lit_llama.fast.decoding import StaticLLaMA, optimize_for_inference
 from lit_llama.generation import generate
 from lit_llama.lora import LoRAConfig, load_lora, merge_lora
 from lit_llama.multi_lora import delete_adapter, enable_multi_lora, load_adapter, set_adapters
@@ -250,3 +250,19 @@ def test_impossible_sums_are_refused(
     with pytest.raises(UserError, match=message):
         combine(paths, tmp_path / "sum", weights, checkpoint_dir=base)
     assert not (tmp_path / "sum").exists()
+
+
+def test_a_static_cache_gives_the_same_answers(eight: tuple[Path, list[Path]]) -> None:
+    """As on a GPU, where the model's class has another signature."""
+    base, folders = eight
+    answers = []
+    for static in (False, True):
+        model = load_model(base, dtype=torch.float32)
+        enable_multi_lora(model, folders[:2])
+        if static:
+            model.__class__ = StaticLLaMA
+            model.compile_step, model.step = False, None
+        set_adapters(model, [str(folder) for folder in folders[:2]])
+        answers.append(generate(model, PROMPTS[:2], 8, temperature=0))
+    for plain, static in zip(*answers, strict=True):
+        assert torch.equal(plain, static)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import load_script, make_hf_model
 from torch import nn
 
-from lit_llama import UserError, load_model
+from lit_llama import LLaMA, LLaMAConfig, UserError, load_model
+from lit_llama.fast import use_fast_paths
 from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.fast.quantization import (
     FOR_DECODING,
@@ -27,6 +28,7 @@ from lit_llama.runtime.args import RunArgs
 from lit_llama.runtime.devices import setup_model
 from lit_llama.storage.model_folder import load_weights
 from lit_llama.training import TrainArgs
+from lit_llama.wrapping import base_linears
 
 # relative error of W: half a step of 1/127 of a row's maximum, of 1/15 of a group's range, of NF4,
 # of 3 bits
@@ -173,3 +175,19 @@ def test_unsupported_quantization_is_refused(
         NF4Linear(torch.ones(8, 40))
     with pytest.raises(UserError, match="does not fit the kernel"):
         Int4Linear(torch.ones(16, 40))
+
+
+@pytest.mark.parametrize("name", FOR_TRAINING)
+def test_a_lora_on_quantized_weights_trains_on_the_fast_paths(name: str) -> None:
+    config = LLaMAConfig(97, 64, 128, 2, 4, 2, head_dim=16)
+    model = LLaMA(config).bfloat16().requires_grad_(False)
+    apply_lora(model, LoRAConfig(r=4, targets=("all-linear",), dropout=0))
+    for layer, linear in base_linears(model).items():
+        if layer != "lm_head":
+            model.set_submodule(layer, FOR_TRAINING[name](linear.weight.detach()))
+    use_fast_paths(model)
+    ids = torch.arange(30)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, [12, 18], torch.arange(29), ids[1:])
+    loss.backward()
+    assert model.layers[0].self_attn.q_proj.lora_B.weight.grad.norm() > 0
