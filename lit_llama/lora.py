@@ -101,8 +101,7 @@ def row_norms(weight: Tensor) -> Tensor:
 def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
     """Wrap each target layer in a `LoRALinear`, in place."""
     linears = base_linears(model)
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    chosen = [name for target in targets for name in _find_targets(linears, target)]
+    chosen = [name for target in config.targets for name in _find_targets(linears, target)]
     if not chosen:
         raise UserError("--lora.targets: name at least one linear layer, or all-linear")
     scaling = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

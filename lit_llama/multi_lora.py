@@ -23,6 +23,8 @@ from lit_llama.lora import dora_scale
 from lit_llama.model import LLaMA
 from lit_llama.wrapping import base_linears, base_name
 
+FORWARD = inspect.signature(LLaMA.forward)  # slow to get, and needed for each token
+
 
 class LoRAWeights(NamedTuple):
     """The weights of a LoRA in one layer: y += scaling * B A x."""
@@ -42,11 +44,10 @@ class BatchRows:
 
     def update(self, model: LLaMA, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model. Raises ValueError for another number of rows."""
-        call = inspect.signature(LLaMA.forward).bind(model, *args, **kwargs).arguments
+        call = FORWARD.bind(model, *args, **kwargs).arguments
         input_ids, lengths = call["input_ids"], call.get("lengths")
         if lengths is None:
-            seq = input_ids.size(-1)
-            lengths = [seq] * (input_ids.numel() // seq)
+            lengths = [input_ids.size(-1)] * (input_ids.numel() // input_ids.size(-1))
         if self.count and len(lengths) != self.count:
             batch = f"a batch of {len(lengths)} rows"
             raise ValueError(f"{batch}, but set_adapters got {self.count} names")
