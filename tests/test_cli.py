@@ -457,12 +457,17 @@ def test_a_mistake_is_told_once_by_all_processes_of_a_machine(monkeypatch, capsy
     def end(status: int) -> None:
         raise Ended
 
-    parents = iter([1, 1, 2])
+    parents = iter([1, 1, 2, 2])
     monkeypatch.setattr(cli.os, "getppid", lambda: next(parents))
     monkeypatch.setattr(cli.os, "_exit", end)
     with pytest.raises(Ended):
         cli.run(failing(UserError("file: wrong")))
     assert capsys.readouterr().err == ""
+
+    # a lost connection is told by whoever notices it: rank 0 may have been killed
+    with pytest.raises(SystemExit):
+        cli.run(failing(RuntimeError("gloo/pair.cc: Connection closed by peer")))
+    assert capsys.readouterr().err == GONE + "\n"
 
 
 def failing(error: BaseException):

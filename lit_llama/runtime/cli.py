@@ -50,9 +50,10 @@ def run(main: Callable, positional: str | None = None) -> None:
         message = _explain(error)
         if message is None:
             raise
-        # all processes fail alike: let rank 0, which started them, print the error alone
+        # all processes make a user's mistake alike: let rank 0, which started them, print it alone
         parent = os.getppid()
-        for _ in range(100 if int(os.environ.get("LOCAL_RANK", 0)) > 0 else 0):
+        alike = int(os.environ.get("LOCAL_RANK", 0)) > 0 and not isinstance(error, RuntimeError)
+        for _ in range(100 if alike else 0):
             time.sleep(0.1)
             if os.getppid() != parent:
                 os._exit(1)

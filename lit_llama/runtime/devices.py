@@ -110,7 +110,7 @@ def setup_model(
 
 @contextmanager
 def sync_errors(fabric: Fabric) -> Iterator[None]:
-    """Exit all processes if the block raises UserError, OSError or SystemExit in one of them.
+    """Raise the error of one process (UserError, OSError or SystemExit) in all of them.
 
     Collectives inside the block need blocks of their own: a process that has failed waits for the
     others at the end of its innermost block.
@@ -120,12 +120,10 @@ def sync_errors(fabric: Fabric) -> Iterator[None]:
         yield
     except (UserError, OSError, SystemExit) as caught:
         error = caught
-    failed = torch.tensor(float(error is not None), device=fabric.device)
-    failures = fabric.all_reduce(failed, reduce_op="sum")
-    if error is not None:
-        raise error
-    if failures > 0:
-        raise SystemExit(1)
+    rank = fabric.world_size if error is None else fabric.global_rank
+    failed = int(fabric.all_reduce(torch.tensor(rank, device=fabric.device), reduce_op="min"))
+    if failed < fabric.world_size:
+        raise fabric.broadcast(error, failed)
 
 
 def on_rank_zero(fabric: Fabric, function: Callable[..., Any], *args: Any) -> Any:
