@@ -168,6 +168,7 @@ def finetune(
 def test_ctrl_c_ends_with_130_after_a_checkpoint(
     tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch, capsys
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # a shell's background job ignores SIGINT
     original = training.train_step
 
     def interrupted(*args) -> tuple[float, float]:
@@ -183,7 +184,7 @@ def test_ctrl_c_ends_with_130_after_a_checkpoint(
     assert "stopped by SIGINT after step 2. Resume with: python " in printed.out
     assert "SIGINT: finishing this step" in printed.err
     assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["step-000002"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_still_works(
