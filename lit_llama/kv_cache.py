@@ -29,7 +29,6 @@ class KVCache:
         shape = (layers, batch_size, heads, max_seq_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = list(zip(self.keys, self.values, strict=True))  # views, made only once
         self.groups = config.num_attention_heads // heads  # query heads that share a key head
         # What is stored. `length`, of the longest row, is known without asking the GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -37,6 +36,7 @@ class KVCache:
         self.uniform = True
         # The tokens of the current forward pass, set by `allocate`.
         self.new_tokens = 0
+        self.seen, self.free = [], []  # views of keys and values, each by layer
         self.seqs: PackedSequences | None = None
         self.batch_index = self.positions = self.lengths[:0]  # (tokens,) each
         self.mask: Tensor | None = None  # (batch, 1, 1 or groups * new, visible length), bool
@@ -52,9 +52,11 @@ class KVCache:
         """
         self.new_tokens, self.seqs, self.mask = new_tokens, seqs, None
         end = self.visible_length(new_tokens) if seqs is None else seqs.max_length
-        room = self.keys.size(3)
-        if end > room:
+        if end > (room := self.keys.size(3)):
             raise ValueError(f"{end} tokens do not fit into a KV cache of {room}")
+        start = self.length
+        self.seen = [cache[:, :, :, :end].unbind() for cache in (self.keys, self.values)]
+        self.free = [cache[:, :, :, start:end].unbind() for cache in (self.keys, self.values)]
         if seqs is not None:
             self.batch_index, self.positions = seqs.batch_index, seqs.positions
             return self.positions
@@ -67,8 +69,7 @@ class KVCache:
         if new_tokens > 1 or not self.uniform:
             seen = torch.arange(end, device=device) <= positions[..., None]  # (batch, new, end)
             # The mask of a single token serves all heads; see `attend` for the repetition.
-            repeats = self.groups if new_tokens > 1 else 1
-            self.mask = seen.repeat(1, repeats, 1)[:, None]
+            self.mask = seen.repeat(1, self.groups if new_tokens > 1 else 1, 1)[:, None]
         return self.positions
 
     def visible_length(self, new_tokens: int) -> int:
@@ -77,18 +78,17 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values, (tokens, num_key_value_heads, head_dim) each."""
-        for cache, new in zip(self.layers[layer], (key, value), strict=True):
+        for seen, free, new in zip(self.seen, self.free, (key, value), strict=True):
             if self.seqs is None and self.uniform:
                 # All rows end at the same place, so this is one slice: cheaper than an index.
-                place = cache[:, :, self.length : self.length + self.new_tokens]
-                place.copy_(new.unflatten(0, (-1, self.new_tokens)).transpose(1, 2))
+                free[layer].copy_(new.unflatten(0, (-1, self.new_tokens)).transpose(1, 2))
             else:
-                cache.transpose(1, 2)[self.batch_index, self.positions] = new
+                seen[layer].transpose(1, 2)[self.batch_index, self.positions] = new
 
     def attend(self, layer: int, query: Tensor) -> Tensor:
         """Attend causally to all cached tokens; query and result (tokens, heads, head_dim)."""
-        new, groups, end = self.new_tokens, self.groups, self.visible_length(self.new_tokens)
-        keys, values = (cache[:, :, :end] for cache in self.layers[layer])
+        new, groups = self.new_tokens, self.groups
+        keys, values = (part[layer] for part in self.seen)
         batch_size, heads, _, dim = keys.shape
         # The query heads that share a key head become rows of one matrix, beside the new tokens:
         # (batch * new, heads * groups, dim) -> (batch, heads, groups * new, dim)

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 from lit_llama.fast.quantization import FOR_DECODING, Int8Linear, quantization
 from lit_llama.kv_cache import KVCache
 from lit_llama.model import MLP, Attention, LLaMA, Rope, apply_rope
-from lit_llama.wrapping import base_linears, base_name
-
-FUSED = ("qkv_proj", "gate_up_proj")
+from lit_llama.wrapping import base_name
 
 
 @torch.no_grad()
@@ -25,27 +23,23 @@ def optimize_for_inference(
     `fast_paths` fuses projections, prepacks bf16 weights (CPU) and records a step as a graph
     (CUDA). `quantize` is "int8" or "int4"; with int4, the head is int8.
     """
-    if fast_paths:
-        for layer in model.layers:
-            _fuse(layer.self_attn, FusedAttention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-            _fuse(layer.mlp, FusedMLP, "gate_up_proj", ("gate_proj", "up_proj"))
     form = head_form = None  # of the linear layers, if they are replaced
     if quantize is not None:
         form, head_form = quantization(quantize, FOR_DECODING), Int8Linear
     elif fast_paths and not compile and device.type == "cpu" and _supports_packing(model):
         form = head_form = PackedLinear
-    if form is not None:
-        names = [name for name, _ in model.named_modules() if name.endswith(FUSED)]
-        names += base_linears(model)
-        if model.lm_head is None:  # a tied head gets a form of its own
-            model.lm_head = _linear(model.embed_tokens.weight, None)
-            names.append("lm_head")
-        for name in names:  # one by one, so that the old weight is freed
-            linear = model.get_submodule(name)
-            weight = linear.weight.detach().to(device)
-            bias = None if linear.bias is None else linear.bias.detach().to(device)
-            make = head_form if base_name(name) == "lm_head" else form
-            model.set_submodule(name, make(weight, bias))
+    if form is not None and model.lm_head is None:  # a tied head gets a form of its own
+        model.lm_head = _linear(model.embed_tokens.weight, None)
+    # Layer by layer, so that few weights exist twice.
+    for part in (*model.layers, model):
+        if fast_paths and part is not model:
+            _fuse(part.self_attn, FusedAttention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+            _fuse(part.mlp, FusedMLP, "gate_up_proj", ("gate_proj", "up_proj"))
+        for name, linear in list(part.named_modules()) if form else ():
+            if isinstance(linear, nn.Linear) and base_name(name).endswith(("_proj", "lm_head")):
+                bias = None if linear.bias is None else linear.bias.detach().to(device)
+                make = head_form if base_name(name) == "lm_head" else form
+                part.set_submodule(name, make(linear.weight.detach().to(device), bias))
     model.to(device)
     if compile or (fast_paths and device.type == "cuda"):
         model.__class__ = StaticLLaMA
