@@ -35,7 +35,7 @@ TopP = restricted_number_type("TopP", float, [(">", 0), ("<=", 1)])
 
 @dataclass
 class AnswerArgs:
-    """What to answer, and how.
+    """Prompts, sampling and model settings of an answer.
 
     Args:
         prompt: Instruction, or with --template none the text to continue.

@@ -6,7 +6,7 @@
 #   attention and RoPE need to know where a sample starts: `PackedSequences` tells them.
 # - Modules are named as in Hugging Face checkpoints, without the leading `model.`, and weights have
 #   the layout of those files: RoPE rotates the two halves of a head, not neighboring pairs.
-# - There are no buffers, so a model on the meta device only needs its weights.
+# - The model has no buffers: one on the meta device only needs its weights.
 
 import math
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class PackedSequences:
 
 
 class Context(NamedTuple):
-    """What all layers need besides the hidden states; built once per forward pass."""
+    """Inputs of all layers besides the hidden states; built once per forward pass."""
 
     rope: Rope
     seqs: PackedSequences | None  # None if the tokens continue a cache

@@ -32,7 +32,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad_weight = None
         if torch.is_autocast_enabled(device.type):
             weight = weight.to(torch.get_autocast_dtype(device.type))
-        # Rows in fp32 at a time; on the CPU, as many as its cache holds.
+        # Number of rows per chunk in fp32; on the CPU, a chunk should fit into the cache.
         rows = 16 if device.type == "cpu" else 256
         chunks = zip(hidden_states.split(chunk), labels[:, None].split(chunk), strict=True)
         for index, (x, y) in enumerate(chunks):

@@ -18,7 +18,8 @@ def speculate(
     """Decode one prompt as `generation.decode` does, with a small model ahead of the large one.
 
     The small model drafts `num_draft` tokens, the large one scores them in a single pass and
-    accepts as many as keep its own distribution unchanged. Greedy decoding gives equal tokens.
+    accepts or rejects each so that its own distribution is unchanged. Greedy decoding gives equal
+    tokens.
     """
     if len(prompts) > 1 or draft.config.vocab_size != model.config.vocab_size:
         raise UserError("--draft_checkpoint_dir: for one prompt, and a draft of equal vocab_size")

@@ -22,7 +22,7 @@ Tensors = Iterable[tuple[str, Tensor]]  # trained parameters by name, full and o
 
 @dataclass(frozen=True)
 class SaveInfo:
-    """What a saved result records besides its weights."""
+    """Metadata to save with the weights of a result."""
 
     model: LLaMA
     base_model: str
