@@ -13,6 +13,8 @@ LLAMA3_ROPE["original_max_position_embeddings"] = 8192
 ROPE_FIELDS = {"default": [], "linear": ["factor"], "llama3": ["factor", *list(LLAMA3_ROPE)[1:]]}
 # models with other values would load, and silently compute something else than they should
 SUPPORTED = dict(model_type=["llama", "mistral"], hidden_act=["silu", None], sliding_window=[None])
+# beginnings of fields about code in the folder, or how its weights were stored
+NOT_KEPT = ("auto_map", "dtype", "torch_dtype", "quant", "compress", "load_in_", "rope_parameters")
 
 
 @dataclass
@@ -41,32 +43,37 @@ class LLaMAConfig:
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
         """Return the published architecture `name`, e.g. "7B" or "Llama-3.2-1B"."""
-        if name not in _PUBLISHED:
+        names = {key.lower(): key for key in _PUBLISHED}
+        if (known := names.get(name.lower().removesuffix("-hf"))) is None:
             raise UserError(f"unknown model name {name!r}. Known: {', '.join(_PUBLISHED)}")
-        config = cls(*_PUBLISHED[name])
-        if name.startswith("Llama-3"):
-            config.bos_token_id, config.eos_token_id = 128000, 128001
-        return config
+        bos, eos = {"Llama-3": (128000, 128001), "SmolLM2": (0, 0)}.get(known[:7], (1, 2))
+        return cls(*_PUBLISHED[known], bos_token_id=bos, eos_token_id=eos)
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> "LLaMAConfig":
         """Load `config.json` of a model folder. Raises UserError if it is not a plain LLaMA's."""
         path = Path(checkpoint_dir) / "config.json"
         if not path.exists():
-            raise UserError(f"{path.parent}: no config.json there. Run scripts/download.py first")
+            hint = "no config.json there. Run scripts/download.py first"
+            if path.with_name("adapter_config.json").exists():
+                hint = "a LoRA or adapter, no model. Pass it as --lora_path (or --init_from)"
+            raise UserError(f"{path.parent}: {hint}")
         raw = read_json(path)
         for key, values in SUPPORTED.items():
             if raw.get(key) not in values:
                 raise UserError(f"{path}: {key} {raw.get(key)!r} is not supported, only {values}")
-        # transformers 5 writes `rope_parameters`, with rope_theta in it; before, `rope_scaling`
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        raw["rope_scaling"] = rope
+        # transformers 5 writes `rope_parameters`, with rope_theta in it, but `rope_scaling` wins
+        raw["rope_scaling"] = rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         raw["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
-        fields = {"bos_token_id": None, "eos_token_id": None}
-        fields |= {name: raw[name] for name in cls.__annotations__ if raw.get(name) is not None}
-        # `auto_map` names Python code in the folder; a plain LLaMA needs none
-        known = {*cls.__annotations__, "rope_parameters", "dtype", "torch_dtype", "auto_map"}
-        fields["extra"] = {key: value for key, value in raw.items() if key not in known}
+        fields = {name: raw[name] for name in cls.__annotations__ if raw.get(name) is not None}
+        # a chat model may name its end tokens in generation_config.json only
+        other = path.with_name("generation_config.json")
+        found = [f.get("eos_token_id") for f in (raw, read_json(other) if other.exists() else raw)]
+        found = [end for ids in found for end in (ids if isinstance(ids, list) else [ids])]
+        ends = [end for end in dict.fromkeys(found) if end is not None] or [None]
+        fields["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        fields["bos_token_id"] = raw.get("bos_token_id")
+        fields["extra"] = {key: raw[key] for key in raw if not key.startswith(NOT_KEPT)}
         return cls.from_fields(path, **fields)
 
     @classmethod
@@ -89,16 +96,14 @@ class LLaMAConfig:
         if not rope.keys() >= set(ROPE_FIELDS.get(rope_type, ["?"])):
             raise UserError(f"{source}: rope_scaling {rope} is not supported, only {ROPE_FIELDS}")
         scaling = {"rope_type": rope_type} | {name: rope[name] for name in ROPE_FIELDS[rope_type]}
-        fields["rope_scaling"] = None if rope_type == "default" else scaling
-        return cls(**fields)
+        return cls(**fields | {"rope_scaling": None if rope_type == "default" else scaling})
 
     def to_json(self, dtype: object) -> str:
         """Return a `config.json` that `transformers` reads, too, for weights of `dtype`."""
         fields = asdict(self) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        extra = fields.pop("extra")
         # `extra` comes second: it may hold another model_type, such as mistral
         kind = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
-        return json.dumps(kind | extra | fields, indent=2) + "\n"
+        return json.dumps(kind | fields.pop("extra") | fields, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error}). Download or write it again") from None
 
 
-_LLAMA32 = LLAMA3_ROPE | {"factor": 32.0}
+_LLAMA31, _LLAMA32 = (LLAMA3_ROPE | {"factor": factor} for factor in (8.0, 32.0))
 # the columns are LLaMAConfig's first fields, in order
 _PUBLISHED = {
     "7B": (32000, 4096, 11008, 32, 32, 32, 128, 2048, 1e-6, 1e4, None, False),
@@ -120,8 +125,12 @@ _PUBLISHED = {
     "Llama-2-13B": (32000, 5120, 13824, 40, 40, 40, 128, 4096, 1e-5, 1e4, None, False),
     "Llama-2-70B": (32000, 8192, 28672, 80, 64, 8, 128, 4096, 1e-5, 1e4, None, False),
     "Llama-3-8B": (128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False),
+    "Llama-3.1-8B": (128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, _LLAMA31, False),
+    "Llama-3.1-70B": (128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, 5e5, _LLAMA31, False),
+    "Llama-3.3-70B": (128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, 5e5, _LLAMA31, False),
     "Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 5e5, _LLAMA32, True),
     "Llama-3.2-3B": (128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, _LLAMA32, True),
+    "Mistral-7B": (32768, 4096, 14336, 32, 32, 8, 128, 32768, 1e-5, 1e6, None, False),  # v0.3
     "TinyLlama-1.1B": (32000, 2048, 5632, 22, 32, 4, 64, 2048, 1e-5, 1e4, None, False),
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, None, True),
     "SmolLM2-360M": (49152, 960, 2560, 32, 15, 5, 64, 8192, 1e-5, 1e5, None, True),

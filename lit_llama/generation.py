@@ -73,6 +73,10 @@ def stream(
     if longest + new > (context := model.config.max_position_embeddings):
         size = f"the prompt has {longest} tokens and --max_new_tokens asks for {new} more"
         raise UserError(f"{size}, the model's context holds {context}. Shorten one of them")
+    # A tokenizer may define more tokens than the model has; that is fine until one comes up.
+    if (token := max(int(ids.max()) for ids in prompts)) >= len(model.embed_tokens.weight):
+        rows = f"the model's embedding only {len(model.embed_tokens.weight)} rows"
+        raise UserError(f"the prompt has token id {token}, {rows}. Use the model's own tokenizer")
     tokens = (decoder or decode)(model, prompts, sampling)
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
     stops = torch.tensor(stops or [-1])  # -1 is never sampled
@@ -100,12 +104,12 @@ def decode(
         max_length = max(map(len, prompts)) + sampling.max_new_tokens
         kv_cache = model.make_kv_cache(len(prompts), max_length)
     # Prefill: one pass over all prompts, packed without padding. Only the last token of each has
-    # an unknown successor, so logits are computed there and nowhere else.
+    # an unknown successor, so logits (batch, vocab) are computed there and nowhere else.
     new_ids = [prompt[kv_cache.length :] for prompt in prompts]
     lengths = [len(ids) for ids in new_ids]
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    input_ids = torch.cat(new_ids).to(device)
-    logits = model(input_ids, lengths, label_positions=last, kv_cache=kv_cache)  # (batch, vocab)
+    logits = model(torch.cat(new_ids).to(device), lengths, label_positions=last, kv_cache=kv_cache)
+    require_numbers(logits)
     token = None
     for _ in range(sampling.max_new_tokens):
         # Each further pass sees one token per row; all that came before is in the cache.
@@ -113,6 +117,13 @@ def decode(
             logits = model(token[:, None], kv_cache=kv_cache)[:, -1]
         token = sample(logits, sampling, generator)
         yield token
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Raise UserError if logits are NaN: greedy decoding would print some token nevertheless."""
+    if logits.isnan().any():
+        hint = "Its weights are damaged, or it needs --precision 32-true"
+        raise UserError(f"the model's logits are not numbers (NaN). {hint}")
 
 
 def copy_to_cpu_async(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -138,9 +149,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return F.one_hot(logits.max(-1).indices, logits.size(-1)).float()
     # On a GPU, this check would wait for the logits in each step.
-    if not logits.is_cuda and logits.isnan().any():
-        hint = "Its weights are damaged, or it needs --precision 32-true"
-        raise UserError(f"the model's logits are not numbers (NaN). {hint}")
+    if not logits.is_cuda:
+        require_numbers(logits)
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None:
         # Ties with the k-th largest logit stay, as in transformers.

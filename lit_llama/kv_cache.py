@@ -61,8 +61,7 @@ class KVCache:
             self.batch_index, self.positions = seqs.batch_index, seqs.positions
             return self.positions
         device, batch_size = self.keys.device, self.keys.size(1)
-        rows = torch.arange(batch_size, device=device)
-        self.batch_index = rows.repeat_interleave(new_tokens, output_size=batch_size * new_tokens)
+        self.batch_index = torch.arange(batch_size * new_tokens, device=device) // new_tokens
         positions = self.lengths[:, None] + torch.arange(new_tokens, device=device)  # (batch, new)
         self.positions = positions.flatten()
         # A single new token sees the whole cache, if all rows are equally long. Otherwise mask.

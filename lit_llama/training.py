@@ -72,7 +72,10 @@ def fit(
                     # The weights are still those of the last good step.
                     folder.save_checkpoint(progress)
                     what = f"step {step + 1}: loss {loss} or grad norm {grad_norm} is not finite"
-                    raise UserError(f"{what}. Lower --train.learning_rate; samples: {sample_ids}")
+                    hint = "Lower --train.learning_rate"
+                    if step == 0:  # the model is still the one that was loaded
+                        hint = "The model's weights are damaged, or need --precision 32-true"
+                    raise UserError(f"{what}. {hint}; samples: {sample_ids}")
 
                 progress.step += 1
                 progress.samples += len(sample_ids)

@@ -29,6 +29,7 @@ from lit_llama.model import Attention, Context
 from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import PRECISIONS, peak_memory_bytes
 from lit_llama.storage.methods import METHODS, FullConfig, Method
+from lit_llama.storage.model_folder import model_config
 from lit_llama.training import checkpoint_blocks
 from lit_llama.wrapping import base_linears
 
@@ -65,7 +66,8 @@ def main(
         precision: As in finetune/*.py.
         quantize: As in finetune/*.py.
         micro_batch_tokens: As --train.micro_batch_tokens of finetune/*.py.
-        sample_tokens: Tokens of a typical sample; matters for attention on the CPU.
+        sample_tokens: Tokens of a typical sample, or of the longest one if that is longer than
+            micro_batch_tokens: it is a micro-batch of its own.
         activation_checkpointing: As --train.activation_checkpointing of finetune/*.py.
         lora: LoRA.
         adapter: LLaMA-Adapter, v1 and v2.
@@ -74,14 +76,15 @@ def main(
     chosen = find_method(method)
     settings = {LoRAConfig: lora, AdapterConfig: adapter, FullConfig: FullConfig(precision)}
     is_folder = Path(model).is_dir()
-    config = LLaMAConfig.from_checkpoint(model) if is_folder else LLaMAConfig.from_name(model)
+    config = model_config(model) if is_folder else LLaMAConfig.from_name(model)
     with torch.device("meta"):
         llama = LLaMA(config).to(PRECISIONS[precision]).requires_grad_(False)
     chosen.apply(llama, settings.get(chosen.config) or chosen.config())
     use_fast_paths(llama)
     if activation_checkpointing:
         checkpoint_blocks(SimpleNamespace(module=llama))  # in a run, Fabric's wrapper holds it
-    lengths = [min(sample_tokens, micro_batch_tokens)] * max(1, micro_batch_tokens // sample_tokens)
+    # as in training, a sample that is longer than a micro-batch is one of its own
+    lengths = [sample_tokens] * max(1, micro_batch_tokens // sample_tokens)
     with FakeTensorMode():
         give_fake_memory(llama)
         if quantize is not None:

@@ -114,6 +114,22 @@ def test_what_saves_memory(monkeypatch, capsys) -> None:
     assert full[1]["optimizer"] == pytest.approx(2 * 6_738_415_616, rel=1e-3)
 
 
+def test_a_sample_longer_than_a_micro_batch_is_one_of_its_own(monkeypatch, capsys) -> None:
+    """As in training, where no sample is split."""
+    flags = ["--model", "SmolLM2-135M", "--sample_tokens", 700, "--micro_batch_tokens"]
+    one, short, two = (estimate(monkeypatch, capsys, *flags, n) for n in (700, 200, 1400))
+    assert short == one
+    assert one["activations"] < 0.6 * two["activations"]
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "mistral-7b", "TinyLlama-1.1B"])
+def test_published_models_are_known(name: str, monkeypatch, capsys) -> None:
+    small = ["--micro_batch_tokens", 8, "--sample_tokens", 8, "--lora.r", 1]
+    sizes = estimate(monkeypatch, capsys, "--model", name, *small)
+    expected = {"L": 8_030_261_248, "m": 7_248_023_552, "T": 1_100_048_384}[name[0]]
+    assert sizes["weights"] == pytest.approx(2 * expected, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,11 +1,13 @@
 """Decoding against `transformers`: greedy, sampling, stop tokens; streamed text; the scripts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from answering import AnswerArgs, stream_text
 from conftest import load_script, make_hf_model
+from transformers import AutoModelForCausalLM
 from transformers.generation import logits_process
 
 from lit_llama import Tokenizer, UserError, load_model
@@ -113,6 +115,26 @@ def test_logits_that_are_not_numbers_are_one_line() -> None:
 def test_an_empty_prompt_is_refused(pair) -> None:
     with pytest.raises(UserError, match=r"a prompt is empty.*no BOS token"):
         generate(pair[1], [INPUT_IDS[0], INPUT_IDS[0, :0]], 3)
+
+
+def test_a_token_behind_the_embedding_is_an_error_only_where_it_comes_up(pair) -> None:
+    assert len(generate(pair[1], torch.tensor([5, 383]), 3)) <= 5
+    with pytest.raises(UserError, match="token id 384, the model's embedding only 384 rows"):
+        generate(pair[1], [INPUT_IDS[0], torch.tensor([5, 384, 6])], 3)
+
+
+def test_end_tokens_of_generation_config_stop_as_in_transformers(tmp_path: Path, pair) -> None:
+    hf_model, model = pair
+    end = int(generate(model, INPUT_IDS[0], 4, temperature=0)[-1])
+    hf_model.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, end]}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = theirs.generate(INPUT_IDS[:1], do_sample=False, max_new_tokens=20)[0]
+    ours = load_model(tmp_path, dtype=torch.float32)
+    actual = generate(ours, INPUT_IDS[0], 20, temperature=0, eos_id=ours.config.eos_token_id)
+    assert actual.tolist() == expected.tolist()
+    assert len(actual) <= 16
 
 
 def test_tokens_are_copied_in_order_and_one_step_late(monkeypatch) -> None:

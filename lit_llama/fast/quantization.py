@@ -74,28 +74,38 @@ class Int8Linear(QuantizedLinear):
         return self.int8.to(self.dtype) * self.scale[:, None]
 
     def matmul(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dim() == 2 and len(x) <= self.KERNEL_ROWS:
+        # The kernel reads aligned blocks of 16 inputs, beyond the end of a row if they do not fit.
+        # torch.compile cannot trace an offset, but makes buffers of its own.
+        aligned = torch.compiler.is_compiling() or x.storage_offset() % 16 == 0
+        fits = self.in_features % 16 == 0 and x.is_contiguous() and aligned
+        if fits and x.device.type == "cpu" and x.dim() == 2 and len(x) <= self.KERNEL_ROWS:
             return torch._weight_int8pack_mm(x, self.int8, self.scale)
         return F.linear(x, self.int8.to(x.dtype)) * self.scale
 
 
 class Int4Linear(QuantizedLinear):
-    """A scale and a zero point per group of weights, for torch's int4 kernels (CUDA: sm80)."""
+    """A scale and a zero point per group of weights, for torch's int4 kernels (CUDA: sm80).
+
+    A shape that does not fit the kernels is padded to the next one that does.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         multiple = 128 if weight.is_cuda else 32
-        if self.in_features % multiple or self.out_features % 16:
-            shape = f"{self.out_features} x {self.in_features}"
-            raise UserError(f"--quantize int4: {shape} does not fit the kernel. Use int8")
-        self.group = next(size for size in (128, 64, 32) if self.in_features % size == 0)
+        self.padding = -self.in_features % multiple, -self.out_features % 16
+        if any(self.padding):  # by copies of the last row and column, which widen no group's range
+            sizes = zip((self.in_features, self.out_features), self.padding, strict=True)
+            columns, rows = (torch.arange(n + more).clamp(max=n - 1) for n, more in sizes)
+            weight = weight[rows[:, None], columns]
+        self.group = next(size for size in (128, 64, 32) if weight.size(1) % size == 0)
         groups = weight.float().unflatten(1, (-1, self.group))  # (out, groups, group)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / 15).clamp(min=1e-6)
         codes = ((groups - low) / scale).round().clamp(0, 15).flatten(1).to(torch.int32)
-        # The kernels compute (code - 8) * scale + zero.
+        # The kernels compute (code - 8) * scale + zero; that of CUDA in bf16 only.
+        self.kernel_dtype = torch.bfloat16 if weight.is_cuda else self.dtype
         scales = torch.cat((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("scales", scales.to(weight.dtype))  # (groups, out, 2)
+        self.register_buffer("scales", scales.to(self.kernel_dtype))  # (groups, out, 2)
         if weight.is_cuda:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
             self.register_buffer("int4", torch._convert_weight_to_int4pack(pairs, 8))
@@ -103,13 +113,22 @@ class Int4Linear(QuantizedLinear):
             self.register_buffer("int4", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
 
     def dequantize(self) -> Tensor:
-        identity = torch.eye(self.in_features, dtype=self.dtype, device=self.int4.device)
-        return self.matmul(identity).T.contiguous()
+        like = dict(dtype=self.kernel_dtype, device=self.int4.device)
+        identity = torch.eye(self.in_features, **like)
+        return self.run_kernel(identity).T.to(self.dtype).contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
+        if self.kernel_dtype != self.dtype:
+            return F.linear(x, self.dequantize())
+        y = self.run_kernel(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def run_kernel(self, x: Tensor) -> Tensor:  # (rows, in_features) -> (rows, out_features)
+        inputs, outputs = self.padding
+        x = F.pad(x, (0, inputs)) if inputs else x.contiguous()
         kernel = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
-        y = kernel(x.reshape(-1, self.in_features), self.int4, self.group, self.scales)
-        return y.view(*x.shape[:-1], -1)
+        y = kernel(x, self.int4, self.group, self.scales)
+        return y[:, : self.out_features].contiguous() if outputs else y
 
 
 class NF4Linear(QuantizedLinear):
@@ -117,10 +136,10 @@ class NF4Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        if self.in_features % NF4_BLOCK:
-            size = f"{self.in_features} inputs of a layer"
-            raise UserError(f"--quantize nf4: {size} are not a multiple of {NF4_BLOCK}")
         values = torch.tensor(NF4_VALUES, device=weight.device)
+        # Each row starts with a block of its own; zeros fill up its last one.
+        padding = -self.in_features % NF4_BLOCK
+        weight = F.pad(weight, (0, padding)) if padding else weight
         blocks = weight.float().reshape(-1, NF4_BLOCK)
         absmax = blocks.abs().amax(dim=1, keepdim=True)
         midpoints = (values[1:] + values[:-1]) / 2
@@ -132,7 +151,8 @@ class NF4Linear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         values = F.embedding(self.nf4.int(), self.pairs).flatten(1)  # (blocks, 64)
-        return (values * self.absmax).view(self.out_features, self.in_features)
+        weight = (values * self.absmax).view(self.out_features, -1)
+        return weight[:, : self.in_features]
 
 
 class FP8Linear(QuantizedLinear):

@@ -14,6 +14,9 @@ from lit_llama.storage import files
 from lit_llama.storage.shards import shard_like
 from lit_llama.wrapping import base_parameters
 
+HEADS = ("embed_tokens.weight", "lm_head.weight")  # one parameter if the head is tied
+UNTRAINED = 1e-6  # largest difference between the values of a row that was never trained
+QUANTIZED = "quantized folders do not load. Download the unquantized model"
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "generation_config.json"),
@@ -32,10 +35,21 @@ def load_model(
 
 
 def empty_model(checkpoint_dir: str | Path, dtype: torch.dtype) -> LLaMA:
-    """Create the frozen model of a folder's `config.json` on the meta device (shapes only)."""
-    config = LLaMAConfig.from_checkpoint(checkpoint_dir)
+    """Create the frozen model of a folder on the meta device (shapes only)."""
+    config = model_config(checkpoint_dir)
     with torch.device("meta"):
         return LLaMA(config).to(dtype).requires_grad_(False)
+
+
+def model_config(checkpoint_dir: str | Path) -> LLaMAConfig:
+    """Load `config.json`; the head is untied if the weights have one that is not the embedding."""
+    config = LLaMAConfig.from_checkpoint(checkpoint_dir)
+    heads = _stored_heads(Path(checkpoint_dir)) if config.tie_word_embeddings else {}
+    if len(heads) == 2:
+        embedding, head = (read_tensor(*place) for place in heads.values())
+        same = embedding.shape == head.shape and torch.equal(embedding, head.to(embedding))
+        config.tie_word_embeddings = same
+    return config
 
 
 def load_weights(
@@ -53,23 +67,21 @@ def load_weights(
         quantize: Replace the frozen linear layers, except the head, by nf4 or fp8 ones.
     """
     folder = Path(checkpoint_dir)
-    stored, parameters = _stored_names(folder), base_parameters(model)
-    unmatched = stored.keys() ^ parameters.keys()
-    if model.config.tie_word_embeddings:  # some folders store the head nevertheless
-        unmatched.discard("lm_head.weight")
-    if unmatched:
-        problem = f"weights and config.json do not match in {sorted(unmatched)[:3]}"
-        raise UserError(f"{folder}: {problem}. Download the folder again")
+    stored, parameters = stored_names(folder), base_parameters(model)
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:
+        # some folders store a tied head twice, or under this name only
+        stored.setdefault("embed_tokens.weight", stored.pop("lm_head.weight"))
+    _require_same_names(folder, stored, parameters)
     if quantize:
         from lit_llama.fast.quantization import FOR_TRAINING, quantization
     replaced: dict[nn.Module, nn.Module] = {}  # linear layer -> its quantized form
     for name, (module, attribute) in parameters.items():
-        parameter, tensor = getattr(module, attribute), _read_tensor(*stored[name])
+        parameter, tensor = getattr(module, attribute), read_tensor(*stored[name])
+        if _is_quantized(tensor):
+            raise UserError(f"{folder}: {name} is {tensor.dtype}; {QUANTIZED}")
         if tensor.shape != parameter.shape:
             problem = f"{name} has shape {tuple(tensor.shape)}"
             raise UserError(f"{folder}: {problem}, config.json requires {tuple(parameter.shape)}")
-        if tensor.dtype.itemsize < 2:
-            raise UserError(f"{folder}: {name} is {tensor.dtype}; quantized folders do not load")
         weight = shard_like(parameter, tensor, device)
         is_linear = isinstance(module, nn.Linear) and module is not model.lm_head
         if quantize and is_linear and not parameter.requires_grad:
@@ -89,7 +101,53 @@ def load_weights(
             module.init_from_base()
 
 
-def _stored_names(folder: Path) -> dict[str, tuple[Path, str]]:
+def _require_same_names(
+    folder: Path, stored: Mapping[str, tuple[Path, str]], parameters: Mapping[str, object]
+) -> None:
+    unmatched = sorted(stored.keys() ^ parameters.keys())
+    if not unmatched:
+        return
+    if any(_is_quantized(read_tensor(*place)) for place in stored.values()):
+        raise UserError(f"{folder}: {unmatched[0]}: {QUANTIZED}")
+    problem = f"weights and config.json do not match in {unmatched[:3]}"
+    hint = "Download the folder again"
+    if unmatched == ["lm_head.weight"]:
+        hint = "Download it again, or set tie_word_embeddings to true if its head is tied"
+    raise UserError(f"{folder}: {problem}. {hint}")
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point
+
+
+def untrained_tokens(checkpoint_dir: str | Path, token_ids: Iterable[int]) -> list[int]:
+    """Return those of some special tokens whose row in the embedding or head was never trained.
+
+    All values of such a row are equal, or it is identical to that of another of the tokens.
+    Returns [] if the folder has no weights.
+    """
+    untrained, ids = set(), set(token_ids)
+    for place in _stored_heads(Path(checkpoint_dir)).values():
+        weight = read_tensor(*place)  # memory-mapped: only these rows are read
+        rows = {index: weight[index] for index in ids if 0 <= index < len(weight)}
+        for index, row in rows.items():
+            others = (other for key, other in rows.items() if key != index)
+            constant = row.max() - row.min() <= UNTRAINED
+            if constant or any(torch.equal(row, other) for other in others):
+                untrained.add(index)
+    return sorted(untrained)
+
+
+def _stored_heads(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Select `HEADS` of `stored_names`. Returns {} if there are no weights: loading tells why."""
+    try:
+        stored = stored_names(folder)
+    except UserError:
+        return {}
+    return {name: stored[name] for name in HEADS if name in stored}
+
+
+def stored_names(folder: Path) -> dict[str, tuple[Path, str]]:
     """Map our names of a model folder's weights to their files and their names there."""
     stored = {}
     for file in weight_files(folder):
@@ -100,12 +158,17 @@ def _stored_names(folder: Path) -> dict[str, tuple[Path, str]]:
     return {name: place for name, place in stored.items() if "rotary_emb" not in name}
 
 
-def _read_tensor(file: Path, stored_name: str) -> Tensor:
+def read_tensor(file: Path, stored_name: str) -> Tensor:
     # opened for each tensor, so that the pages of the tensors before are freed
     if file.suffix == ".bin":
         return files.load_pickled(file)[stored_name]
     with files.open_safetensors(file) as handle:
         return handle.get_tensor(stored_name)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of a folder's weights, that of the first one."""
+    return read_tensor(*next(iter(stored_names(folder).values()))).dtype
 
 
 def weight_files(folder: Path) -> list[Path]:
