@@ -37,8 +37,8 @@ def main(
     check_logger(args.logger)
     fabric = setup_fabric(args.devices, args.num_nodes, args.precision)
     torch.manual_seed(args.seed)
-    dataset = load_dataset(args.data_dir, args.checkpoint_dir)
     model = empty_model(args.checkpoint_dir, PRECISIONS[args.precision])
+    dataset = load_dataset(args.data_dir, args.checkpoint_dir)
     unfreeze(model, args.precision)
     methods = {"full": FullConfig(args.precision)}
     if train.fast_paths:

@@ -6,10 +6,10 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lit_llama.generation import Decoder, Sampling
     from lit_llama.model import LLaMA
+    from lit_llama.storage.methods import PromptFormat
     from lit_llama.tokenizer import Tokenizer
 
 Precision = Literal["bf16-true", "32-true"]
@@ -85,7 +86,8 @@ def read_prompts(args: AnswerArgs) -> list[str]:
         return [args.prompt]
     from lit_llama.storage.files import read_text
 
-    lines = read_text(args.prompt_file, hint=". Pass a text file to --prompt_file").splitlines()
+    # not splitlines(), which also splits at characters such as U+2028
+    lines = read_text(args.prompt_file, hint=". Pass a text file to --prompt_file").split("\n")
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{args.prompt_file}: holds no prompt. Write one in each line")
@@ -123,14 +125,14 @@ def load_decoder(model: "LLaMA", args: AnswerArgs) -> "Decoder":
 def answer(
     model: "LLaMA",
     tokenizer: "Tokenizer",
-    template: str | Mapping[str, str],
+    template: "str | Mapping[str, PromptFormat]",
     prompts: list[str],
     args: AnswerArgs,
 ) -> None:
     """Print the answers on stdout, and time, tokens/s and memory on stderr.
 
     A single prompt's answer is printed as it is decoded. `template` is a prompt template's name, or
-    for a model that holds several LoRAs, which all answer, the template's name by the LoRA's name.
+    for a model that holds several LoRAs, which all answer, the format of each by its name.
     """
     import torch
 
@@ -138,18 +140,21 @@ def answer(
     from lit_llama.multi_lora import set_adapters
     from lit_llama.prompts import encode_prompt, get_template, stop_ids
     from lit_llama.runtime.devices import peak_memory_bytes
+    from lit_llama.storage.methods import PromptFormat
 
     # the LoRAs that answer, or None alone: the model as it is
-    names = list(template) if isinstance(template, Mapping) else [None]
-    chosen = [template] if names == [None] else template.values()
-    templates = [get_template(name, tokenizer) for name in chosen]
-    eos_ids = model.config.eos_token_id
-    stops = list(dict.fromkeys(i for t in templates for i in stop_ids(t, tokenizer, eos_ids)))
-    # one row of the batch for each prompt and template
+    formats = {None: PromptFormat(tokenizer, template, model.config.eos_token_id)}
+    formats = template if isinstance(template, Mapping) else formats
+    names = list(formats)
+    tokenizers, templates, ends = [form.tokenizer for form in formats.values()], [], []
+    for form in formats.values():
+        templates.append((get_template(form.template, form.tokenizer), form.tokenizer))
+        ends.append(stop_ids(*templates[-1], form.eos_ids))
+    # one row of the batch for each prompt and LoRA
     encoded = []
     for text in prompts:
         message = {"role": "user", "content": text, "input": args.input}
-        ids = [encode_prompt(t, tokenizer, [message]) for t in templates]
+        ids = [encode_prompt(*pair, [message]) for pair in templates]
         encoded.append([torch.tensor(row, dtype=torch.long) for row in ids])
     decoder = load_decoder(model, args)
 
@@ -160,16 +165,15 @@ def answer(
             rows = list(chain(*encoded[start : start + args.batch_size]))
             if names != [None]:
                 set_adapters(model, names * len(batch))
-            tokens = stream(model, rows, args.sampling(number), stops, decoder)
             if args.prompt is not None and names == [None]:
+                tokens = stream(model, rows, args.sampling(number), ends[0], decoder)
                 count += _print_stream(tokenizer, tokens)
                 continue
-            steps = [token.tolist() for token in tokens]
-            texts = []
-            for row in range(len(rows)):
-                ids = list(takewhile(lambda i: i not in stops, (step[row] for step in steps)))
-                count += len(ids)
-                texts.append(tokenizer.decode(ids))
+            tokens = stream(model, rows, args.sampling(number), None, decoder)
+            answers = until_stops(tokens, ends * len(batch))
+            count += sum(map(len, answers))
+            pairs = zip(tokenizers * len(batch), answers, strict=True)
+            texts = [each.decode(ids) for each, ids in pairs]
             for prompt in batch:
                 answers = {name: texts.pop(0) for name in names}
                 _print_answers(prompt, answers, as_json=args.prompt is None)
@@ -178,6 +182,23 @@ def answer(
         print(f"Time for inference {number + 1}: {speed}", file=sys.stderr)
     memory = peak_memory_bytes(model.embed_tokens.weight.device) / 1e9
     print(f"Memory used: {memory:.2f} GB", file=sys.stderr)
+
+
+def until_stops(
+    tokens: "Iterator[torch.Tensor]", ends: Sequence[Collection[int]]
+) -> list[list[int]]:
+    """Return the tokens of each row before its own end token; decode until all have ended."""
+    answers: list[list[int]] = [[] for _ in ends]
+    running = set(range(len(ends)))
+    for step in tokens:
+        for row, token in enumerate(step.tolist()):
+            if row in running and token in ends[row]:
+                running.remove(row)
+            elif row in running:
+                answers[row].append(token)
+        if not running:
+            break
+    return answers
 
 
 def _print_stream(tokenizer: "Tokenizer", tokens: "Iterator[torch.Tensor]") -> int:

@@ -27,8 +27,8 @@ def main(
     from lit_llama.runtime.devices import default_device, inference_dtype
 
     prompts = read_prompts(args)
-    tokenizer = Tokenizer(checkpoint_dir)
     model = load_model(checkpoint_dir, load_device(args), inference_dtype(precision))
+    tokenizer = Tokenizer(checkpoint_dir)
     optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
     template = template or ("chat" if tokenizer.chat_template else "none")
     answer(model, tokenizer, template, prompts, args)

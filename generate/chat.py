@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Chat in the terminal until Ctrl-D. Ctrl-C stops an answer. Guide: howto/inference.md
 
-    /help lists the commands, such as /reset, /lora and /save.
+    /help lists the commands, such as /reset, /input, /lora and /save.
 
     Example:
         python generate/chat.py --lora_path out/lora/alpaca
@@ -37,8 +37,8 @@ def main(
         checkpoint_dir: Model folder (default: the base that the LoRA or adapter names).
         lora_path: Folder of a LoRA; with several, the first answers and /lora switches.
         adapter_path: Folder of an adapter of either version; not with --lora_path.
-        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
-            (default: that of the training, else alpaca for a LoRA or adapter).
+        template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
+            (default: that of the training, else chat if the folder of the model or LoRA has one).
         precision: Dtype of the model.
         system: System message to start with.
         context: Maximum tokens of the conversation; the oldest turns are forgotten first.
@@ -59,7 +59,7 @@ def main(
     from lit_llama.generation import Sampling
     from lit_llama.multi_lora import enable_multi_lora
     from lit_llama.runtime.devices import default_device, inference_dtype
-    from lit_llama.storage.methods import load_finetuned, resolve_model_dir, training_template
+    from lit_llama.storage.methods import load_finetuned, prompt_format, resolve_model_dir
 
     device, dtype = default_device(), inference_dtype(precision)
     path = adapter_path or checkpoint_dir or resolve_model_dir(lora_path[0])
@@ -69,7 +69,7 @@ def main(
     if adapter_path is None:
         enable_multi_lora(model, lora_path)
     optimize_for_inference(model, device, quantize)
-    templates = {str(p): template or training_template(p) or "alpaca" for p in lora_path}
+    templates = {str(lora): prompt_format(lora, path, template) for lora in lora_path}
     templates[None] = template or trained_with
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     converse(Chat(model, tokenizer, templates, sampling, system, context))

@@ -18,13 +18,14 @@ from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, decode, stream
 from lit_llama.model import LLaMA
 from lit_llama.multi_lora import load_adapter, multi_lora_layers, set_adapters
-from lit_llama.prompts import Messages, encode_prompt, get_template, stop_ids
+from lit_llama.prompts import Messages, content, encode_prompt, get_template, stop_ids
 from lit_llama.storage.files import atomic_write
-from lit_llama.storage.methods import training_template
+from lit_llama.storage.methods import PromptFormat, prompt_format
 from lit_llama.tokenizer import Tokenizer
 
 HELP = """\
 /reset         forget the conversation
+/input TEXT    context for the next question, as the input of a record; without a text: none
 /lora [NAME]   answer with that LoRA or its folder, or with `base`; without a name: list them
 /save FILE     append the conversation to a .jsonl file, for scripts/prepare_json.py
 /help          this list
@@ -37,9 +38,9 @@ class Chat:
 
     Args:
         model: optimized for inference already.
-        tokenizer: of the model.
-        templates: the prompt template's name for each LoRA that the model holds, and under None for
-            the base; the first one answers.
+        tokenizer: of the base model.
+        templates: the prompt template's name, or a PromptFormat if the tokenizer differs, for each
+            LoRA that the model holds, and under None for the base; the first one answers.
         sampling: of each answer; the seed is counted up.
         system: system message.
         context: maximum number of tokens; the oldest turns are forgotten first.
@@ -49,14 +50,18 @@ class Chat:
         self,
         model: LLaMA,
         tokenizer: Tokenizer,
-        templates: Mapping[str | None, str],
+        templates: Mapping[str | None, str | PromptFormat],
         sampling: Sampling,
         system: str | None = None,
         context: int = 4096,
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
-        self.templates = dict(templates)
+        self.base_dir = tokenizer.path.parent
+        eos = model.config.eos_token_id
+        self.formats = {
+            name: PromptFormat(tokenizer, form, eos) if isinstance(form, str) else form
+            for name, form in templates.items()
+        }
         self.sampling = sampling
         self.context = min(context, model.config.max_position_embeddings)
         if not 0 < sampling.max_new_tokens < self.context:
@@ -64,24 +69,27 @@ class Chat:
             raise UserError(f"--max_new_tokens {sampling.max_new_tokens}: {problem}")
         self.system: Messages = [{"role": "system", "content": system}] if system else []
         self.messages: Messages = []
+        self.input = ""  # context for the next question
         self.forgotten = 0  # messages that made room for the last answer
         self.kv_cache = model.make_kv_cache(1, self.context)
         self.cached: list[int] = []  # the tokens in the cache
-        self.use(next(iter(self.templates)))
+        self.use(next(iter(self.formats)))
 
     def use(self, name: str | None) -> None:
         """Answer with the LoRA of that name from now on; None: the base model."""
-        self.template = get_template(self.templates[name], self.tokenizer)
-        self.lora = name
+        self.lora, form = name, self.formats[name]
+        self.tokenizer = form.tokenizer
+        self.template = get_template(form.template, form.tokenizer)
+        self.stops = stop_ids(self.template, form.tokenizer, form.eos_ids)
         if self.system and self.single_turn:
-            raise UserError(f"--system: template {self.templates[name]!r} has no place for it")
-        if len(self.templates) > 1:
+            raise UserError(f"--system: template {form.template!r} has no place for it")
+        if len(self.formats) > 1:
             set_adapters(self.model, [name])
         self.cached = []  # another LoRA computes other keys and values
 
     @property
     def single_turn(self) -> bool:
-        return self.templates[self.lora] in SINGLE_TURN
+        return self.formats[self.lora].template in SINGLE_TURN
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -90,23 +98,24 @@ class Chat:
 
     def reply(self, text: str) -> Iterator[str]:
         """Yield the answer in pieces, as it is decoded; if closed early, keep what was yielded."""
-        self.messages.append({"role": "user", "content": text})
+        context = {"input": self.input} if self.input else {}
+        self.messages.append({"role": "user", "content": text} | context)
         try:
             ids = self.fit()
         except UserError:
             self.messages.pop()
             raise
+        self.input = ""
         # reuse the cache up to the first token that differs; the last one must go through the model
         same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.cached, strict=False))
         self.kv_cache.truncate([len(list(same))])
-        stops = stop_ids(self.template, self.tokenizer, self.model.config.eos_token_id)
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.messages))
         decoder = partial(decode, kv_cache=self.kv_cache)
         new: list[int] = []
 
         def decoded() -> Iterator[int]:
             prompts = [torch.tensor(ids)]
-            for token in stream(self.model, prompts, sampling, stops, decoder):
+            for token in stream(self.model, prompts, sampling, self.stops, decoder):
                 new.append(int(token))
                 yield new[-1]
 
@@ -138,7 +147,9 @@ class Chat:
     def save(self, file: Path) -> None:
         """Append the conversation to a `.jsonl` file of records with `messages`."""
         old = file.read_bytes() if file.is_file() else b""
-        line = json.dumps({"messages": self.system + self.messages}, ensure_ascii=False)
+        messages = self.system + self.messages
+        messages = [{"role": m["role"], "content": content(m)} for m in messages]
+        line = json.dumps({"messages": messages}, ensure_ascii=False)
         with atomic_write(file) as temporary:
             temporary.write_bytes(old + f"{line}\n".encode())
 
@@ -158,13 +169,16 @@ class Chat:
                 raise UserError("/save: nothing was said yet")
             self.save(Path(rest).expanduser())
             return f"(saved in {rest})"
+        if word == "/input":
+            self.input = rest
+            return "(context for the next question)" if rest else "(no context)"
         if word == "/lora":
             return self.switch_lora(rest)
         return HELP if word == "/help" else f"(no command {word})\n{HELP}"
 
     def switch_lora(self, name: str) -> str:
         """Use a LoRA, loading a folder if needed; return all names, the current in brackets."""
-        known = {"base" if lora is None else lora: lora for lora in self.templates}
+        known = {"base" if lora is None else lora: lora for lora in self.formats}
         if name and name not in known:
             path = Path(name).expanduser()
             if not multi_lora_layers(self.model):
@@ -173,7 +187,7 @@ class Chat:
                 names = ", ".join(known)
                 raise UserError(f"/lora: no {name!r}, and no such folder. There are: {names}")
             load_adapter(self.model, name, path)
-            self.templates[name] = training_template(path) or "alpaca"
+            self.formats[name] = prompt_format(path, self.base_dir)
             known[name] = name
         if name:
             self.use(known[name])
@@ -189,7 +203,8 @@ def converse(chat: Chat) -> None:
             import readline  # noqa: F401, gives input() arrow keys and a history
         print("Ask away. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
         if chat.single_turn:
-            print(f"(template {chat.templates[chat.lora]}: each question stands alone)")
+            name = chat.formats[chat.lora].template
+            print(f"(template {name}: each question stands alone)")
     while True:
         try:
             line = input(prompt).strip()

@@ -25,15 +25,15 @@ def main(
         lora_path: Folder of the LoRA, ours or PEFT's; an adapter trained with it is used too. With
             several folders each LoRA answers, and all share one base model in memory.
         checkpoint_dir: Folder of the base model (default: the one that the LoRA names).
-        template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
-            (default: that of the training, else alpaca).
+        template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
+            (default: that of the training, else chat if the LoRA's folder has one, else alpaca).
         precision: Dtype of the model.
     """
     # imported after the flags are read: --help must not wait for torch
     from lit_llama.fast.decoding import optimize_for_inference
     from lit_llama.multi_lora import enable_multi_lora
     from lit_llama.runtime.devices import default_device, inference_dtype
-    from lit_llama.storage.methods import load_finetuned, resolve_model_dir, training_template
+    from lit_llama.storage.methods import load_finetuned, prompt_format, resolve_model_dir
 
     if len(set(lora_path)) < max(len(lora_path), 1):
         raise UserError("--lora_path: should be one folder or several different ones")
@@ -48,7 +48,7 @@ def main(
             raise UserError(f"--lora_path: these are for different models ({base}, {others[0]})")
         model, tokenizer, _ = load_finetuned(base, None, device, dtype)
         enable_multi_lora(model, lora_path)
-        templates = {str(p): template or training_template(p) or "alpaca" for p in lora_path}
+        templates = {str(path): prompt_format(path, base, template) for path in lora_path}
     optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
     answer(model, tokenizer, templates, prompts, args)
 

@@ -24,18 +24,13 @@ class LoRALinear(nn.Module):
 
     # rsLoRA scales by alpha / sqrt(r). DoRA multiplies each output by m / |W + scaling B A|, with a
     # learned magnitude m (section 4.1 there). `name` is the layer's checkpoint name, for dropout.
+    # `trained`: the weights are those of a saved LoRA.
     def __init__(
-        self,
-        base: nn.Linear,
-        r: int,
-        scaling: float,
-        dropout: float,
-        name: str,
-        use_dora: bool = False,
+        self, base: nn.Linear, r: int, scaling: float, dropout: float, name: str, dora: bool = False
     ) -> None:
         super().__init__()
         self.base, self.scaling = base, scaling
-        self.dropout, self.name = dropout, name
+        self.dropout, self.name, self.trained = dropout, name, False
         # What is trained is fp32, whatever the dtype of the frozen weight.
         factory_kwargs = dict(device=init_device(base.weight), dtype=torch.float32)
         self.lora_A = nn.Linear(base.in_features, r, bias=False, **factory_kwargs)
@@ -43,15 +38,13 @@ class LoRALinear(nn.Module):
         # B starts at zero, so that the first forward pass is that of the base.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.lora_magnitude_vector = None
-        if use_dora:
-            magnitude = torch.ones(base.out_features, **factory_kwargs)
-            self.lora_magnitude_vector = nn.Parameter(magnitude)
+        magnitude = torch.ones(base.out_features, **factory_kwargs) if dora else None
+        self.lora_magnitude_vector = None if magnitude is None else nn.Parameter(magnitude)
 
     @torch.no_grad()
     def init_from_base(self) -> None:
         """Initialize DoRA's magnitude from the base weight. Call after loading weights."""
-        if self.lora_magnitude_vector is not None:
+        if self.lora_magnitude_vector is not None and not self.trained:
             self.lora_magnitude_vector.copy_(row_norms(self.base.weight))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
@@ -61,7 +54,8 @@ class LoRALinear(nn.Module):
             return y + update
         # The bias is not scaled. Written so that a scale of one and an update of zero return y
         # unchanged to the bit, which is where training starts.
-        scale = self.dora_scale()
+        a, b, m = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
+        scale = dora_scale(self.base.weight, a, b, self.scaling, m)
         without_bias = y if self.base.bias is None else y - self.base.bias
         return y + (scale - 1).to(y.dtype) * without_bias + scale.to(y.dtype) * update
 
@@ -72,11 +66,6 @@ class LoRALinear(nn.Module):
         # A and B are fp32 for the optimizer; the matmuls run in the dtype of x.
         low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
-
-    def dora_scale(self) -> Tensor:
-        """Compute m / |W + scaling B A| for the current weights, (out_features,) in fp32."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        return dora_scale(self.base.weight, a, b, self.scaling, self.lora_magnitude_vector)
 
 
 def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
@@ -108,7 +97,7 @@ def apply_lora(model: LLaMA, config: LoRAConfig) -> None:
     if "lm_head" in map(base_name, chosen) and config.dropout > 0:
         # Dropout masks are per token of the micro-batch, but the head sees labelled tokens only.
         raise UserError("--lora.targets lm_head: works without dropout only. Pass --lora.dropout 0")
-    settings = dict(scaling=scaling, dropout=config.dropout, use_dora=config.use_dora)
+    settings = dict(scaling=scaling, dropout=config.dropout, dora=config.use_dora)
     # In the order of the layers, so that one seed gives one start whatever the order of targets.
     for name, linear in linears.items():
         if name in chosen:
@@ -133,25 +122,31 @@ def _find_targets(linears: dict[str, nn.Linear], target: str) -> list[str]:
 
 @torch.no_grad()
 def merge_lora(model: LLaMA) -> None:
-    """Replace each LoRA layer by a plain one with W' = W + scaling B A (section 4.1)."""
-    # Computed in fp32, rounded once. With DoRA, the rows of W' are then scaled to the norm m.
+    """Replace each LoRA layer by a plain one with the merged weight, in place."""
     for name, lora in list(model.named_modules()):
-        if not isinstance(lora, LoRALinear):
-            continue
-        weight = lora.base.weight.float()
-        weight = weight + lora.scaling * (lora.lora_B.weight @ lora.lora_A.weight)
-        if lora.lora_magnitude_vector is not None:
-            weight = (lora.lora_magnitude_vector / row_norms(weight))[:, None] * weight
-        # Not in place: the old weight may be memory-mapped from the checkpoint.
-        weight = weight.to(lora.base.weight.dtype)
-        lora.base.weight = nn.Parameter(weight, requires_grad=False)
-        model.set_submodule(name, lora.base)
+        if isinstance(lora, LoRALinear):
+            a, b, weight = lora.lora_A.weight, lora.lora_B.weight, lora.base.weight
+            # The old weight is not changed: it may be memory-mapped from the checkpoint.
+            weight = merged_weight(weight, a, b, lora.scaling, lora.lora_magnitude_vector)
+            lora.base.weight = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(name, lora.base)
+
+
+def merged_weight(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None
+) -> Tensor:
+    """Compute W' = W + scaling B A (section 4.1), and with DoRA scale its rows to the norm m."""
+    # In fp32, rounded once.
+    merged = weight.float() + scaling * (b.float() @ a.float())
+    if magnitude is not None:
+        merged = (magnitude / row_norms(merged))[:, None] * merged
+    return merged.to(weight.dtype)
 
 
 def __getattr__(name: str) -> object:
     # Files are not the paper's subject: these two are in `storage`, which imports this module.
     if name in ("load_lora", "save_lora"):
-        from lit_llama.storage import peft
+        from lit_llama.storage import loras, peft
 
-        return getattr(peft, name)
+        return {"load_lora": loras.load_lora, "save_lora": peft.save_lora}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

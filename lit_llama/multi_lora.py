@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lit_llama.adapter import AdapterAttention
 from lit_llama.errors import UserError
-from lit_llama.lora import dora_scale
 from lit_llama.model import LLaMA
 from lit_llama.wrapping import base_linears, base_name
 
@@ -41,6 +40,7 @@ class BatchRows:
     def __init__(self) -> None:
         self.count = 0  # rows that `set_adapters` was called for
         self.of_token: Tensor | None = None  # (tokens,); None: token i is row i
+        self.of_label: Tensor | None = None  # (labels,), of the hidden states that the head gets
 
     def update(self, model: LLaMA, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model. Raises ValueError for another number of rows."""
@@ -55,6 +55,9 @@ class BatchRows:
         if max(lengths) > 1:
             rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
             self.of_token = rows.to(input_ids.device, non_blocking=True)
+        self.of_label = labels = call.get("label_positions")
+        if self.of_token is not None:
+            self.of_label = self.of_token if labels is None else self.of_token[labels]
 
 
 class MultiLoRALinear(nn.Module):
@@ -63,7 +66,7 @@ class MultiLoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rows: BatchRows) -> None:
         super().__init__()
         self.base, self.rows = base, rows
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features = base.out_features
         # By name. In the place of DoRA's magnitude, its `dora_scale` is kept.
         self.loaded: dict[str, LoRAWeights] = {}
         # Those in use, stacked; None if there are none.
@@ -107,9 +110,41 @@ class MultiLoRALinear(nn.Module):
         return y + (dora - 1).to(y.dtype) * without_bias + dora.to(y.dtype) * update
 
 
+class MultiLoRATable(nn.Module):
+    """Embedding or head, beside those of LoRAs that have their own, e.g. with more tokens."""
+
+    def __init__(self, base: nn.Module, rows: BatchRows) -> None:
+        super().__init__()
+        self.base, self.rows = base, rows
+        self.loaded: dict[str, Tensor] = {}  # (vocab_size, hidden), by name
+        self.used: list[tuple[Tensor, Tensor]] = []  # their rows (count,), bool, and weights
+
+    weight = property(lambda self: self.base.weight)
+
+    def stack(self, rows: Mapping[str, Tensor], count: int) -> None:
+        """Select the weights in use, as `MultiLoRALinear.stack`."""
+        self.used = [(rows[name], self.loaded[name]) for name in rows if name in self.loaded]
+
+    def forward(self, x: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden) -> (labels, vocab_size)
+        if not self.used:
+            return self.base(x)
+        is_head = x.is_floating_point()
+        index = self.rows.of_label if is_head else self.rows.of_token
+        masks, weights = torch.stack([rows for rows, _ in self.used]), [w for _, w in self.used]
+        masks = masks if index is None else masks[:, index]  # (LoRAs, tokens)
+        # Each weight sees all tokens, so that shapes are static. It may lack those of other rows.
+        own, *others = [x if is_head else x * mask for mask in (~masks.any(0), *masks)]
+        outputs = [self.base(own), *map(F.linear if is_head else F.embedding, others, weights)]
+        size = max(y.size(-1) for y in outputs)
+        y, *others = (F.pad(y, (0, size - y.size(-1)), value=-torch.inf) for y in outputs)
+        for mask, other in zip(masks, others, strict=True):
+            y = other.where(mask[:, None], y)
+        return y
+
+
 def enable_multi_lora(model: LLaMA, paths: Sequence[Path] = ()) -> None:
-    """Wrap each linear layer but the head, in place, and load the LoRAs under their paths."""
-    # To be called before `optimize_for_inference`.
+    """Wrap each linear layer but the head, in place, and load LoRAs by their paths as names."""
+    # Before `optimize_for_inference`, which fuses layers that nothing wraps.
     # What the projections make of an adapter's prompt belongs to no row of the batch.
     if any(isinstance(module, AdapterAttention) for module in model.modules()):
         raise UserError("several LoRAs cannot be used beside an adapter. Use one of them")
@@ -122,30 +157,20 @@ def enable_multi_lora(model: LLaMA, paths: Sequence[Path] = ()) -> None:
         load_adapter(model, str(path), path)
 
 
-def multi_lora_layers(model: LLaMA) -> dict[str, MultiLoRALinear]:
+def multi_lora_layers(model: LLaMA) -> dict[str, MultiLoRALinear | MultiLoRATable]:
     """Return the wrapped layers by checkpoint name; empty without `enable_multi_lora`."""
-    modules = model.named_modules()
-    return {base_name(name): m for name, m in modules if isinstance(m, MultiLoRALinear)}
+    wrappers = (MultiLoRALinear, MultiLoRATable)
+    return {base_name(name): m for name, m in model.named_modules() if isinstance(m, wrappers)}
 
 
-@torch.no_grad()
 def load_adapter(model: LLaMA, name: str, path: str | Path) -> None:
     """Load a saved LoRA (ours or PEFT's) under a name, in the model's dtype."""
-    from lit_llama.storage.peft import read_lora  # storage imports the book, not the other way
+    from lit_llama.storage.loras import load_for_rows  # storage imports the book
 
-    layers, like = multi_lora_layers(model), model.embed_tokens.weight
-    if (Path(path) / "adapter").is_dir():
-        raise UserError(f"{path}: was trained with an adapter, which all rows would share")
-    shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
-    _, weights = read_lora(Path(path), shapes)
+    weights = load_for_rows(model, Path(path))  # before the old ones of that name are deleted
     delete_adapter(model, name)
-    for key, (a, b, scaling, magnitude) in weights.items():
-        if magnitude is not None:
-            weight = layers[key].base.weight
-            weight = weight.to_dense() if weight.is_mkldnn else weight  # prepacked for decoding
-            a, b, magnitude = (tensor.to(like.device) for tensor in (a, b, magnitude))
-            magnitude = dora_scale(weight, a, b, scaling, magnitude)
-        layers[key].loaded[name] = LoRAWeights(a.to(like), b.to(like), scaling, magnitude)
+    for layer, own in weights:
+        layer.loaded[name] = own
 
 
 def delete_adapter(model: LLaMA, name: str) -> None:
@@ -162,7 +187,7 @@ def set_adapters(model: LLaMA, names: Sequence[str | None]) -> None:
         unknown = ", ".join(sorted(unknown))
         raise ValueError(f"no LoRA called {unknown}. Known: {', '.join(sorted(known))}")
     device = model.embed_tokens.weight.device
-    chosen = [name for name in dict.fromkeys(names) if name is not None]
+    chosen = dict.fromkeys(name for name in names if name is not None)
     rows = {n: torch.tensor([name == n for name in names], device=device) for n in chosen}
     for layer in layers:
         layer.stack(rows, len(names))

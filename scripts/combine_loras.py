@@ -11,9 +11,9 @@ from lit_llama import LLaMA, LLaMAConfig, UserError
 from lit_llama.lora import LoRAConfig
 from lit_llama.runtime.cli import run
 from lit_llama.storage.files import atomic_write, require_empty_dir
+from lit_llama.storage.loras import read_linear_lora
 from lit_llama.storage.methods import resolve_model_dir, training_template
-from lit_llama.storage.peft import read_lora, save_lora
-from lit_llama.wrapping import base_linears
+from lit_llama.storage.peft import save_lora, target_names
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
     if not all(map(math.isfinite, weights)):
         raise UserError(f"--weights {weights}: should be finite numbers")
     base = checkpoint_dir or resolve_model_dir(lora_path[0])
-    config, tensors = combine_loras(lora_path, weights, LLaMAConfig.from_checkpoint(base))
+    config, tensors = combine_loras(lora_path, weights, base)
     templates = {training_template(path) for path in lora_path}
     if len(templates) > 1:
         print("trained with different prompt templates: pass --template to generate/lora.py")
@@ -55,33 +55,32 @@ def main(
 
 
 def combine_loras(
-    paths: Sequence[Path], weights: Sequence[float], config: LLaMAConfig
+    paths: Sequence[Path], weights: Sequence[float], checkpoint_dir: Path
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Return the weighted sum of saved LoRAs of one model as one LoRA, for `save_lora`.
 
     It is exact: A are theirs stacked, B theirs side by side, each times weight and scaling. Raises
-    UserError for DoRA, whose updates do not add up.
+    UserError for DoRA, whose updates do not add up, and for changes of more than linear layers.
     """
-    with torch.device("meta"):
-        linears = base_linears(LLaMA(config))
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
     all_a: dict[str, list[Tensor]] = {}  # by layer
     all_b: dict[str, list[Tensor]] = {}
     for path, weight in zip(paths, weights, strict=True):
-        settings, layers = read_lora(path, shapes)
-        if settings.use_dora:
+        saved = read_linear_lora(path, checkpoint_dir)
+        if saved.config.use_dora:
             hint = "Merge it into its base: scripts/merge_lora.py"
             raise UserError(f"{path}: is a DoRA, whose updates do not add up. {hint}")
-        for name, lora in layers.items():
+        for name, lora in saved.layers.items():
             all_a.setdefault(name, []).append(lora.a.float())
             all_b.setdefault(name, []).append(weight * lora.scaling * lora.b.float())
     tensors = {f"{name}.lora_A.weight": torch.cat(parts) for name, parts in all_a.items()}
     r = max(len(a) for a in tensors.values())
     tensors |= {f"{name}.lora_B.weight": torch.cat(parts, dim=1) for name, parts in all_b.items()}
-    # by the ends of the names if they cover all layers
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in all_a)
-    everywhere = len(all_a) == len(ends) * config.num_hidden_layers
-    targets = tuple(ends if everywhere else all_a)
+    with torch.device("meta"):
+        known = [
+            name
+            for name, _ in LLaMA(LLaMAConfig.from_checkpoint(checkpoint_dir)).named_parameters()
+        ]
+    targets = target_names(all_a, known)
     return LoRAConfig(r=r, alpha=r, dropout=0, targets=targets), tensors
 
 

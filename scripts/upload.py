@@ -177,7 +177,7 @@ def read_result(path: Path, base_model: str | None) -> Result:
         raise UserError(f"{path}: no such folder. Check --path")
     settings = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
     method = settings.get("method") or settings.get("peft_type") if settings else "full"
-    files = ("config.json", "model.safetensors*") if method == "full" else (WEIGHTS_FILE,)
+    files = ("config.json", "model.safetensors*") if method == "full" else ("adapter_model.*",)
     if method not in METHODS or not all(any(path.glob(pattern)) for pattern in files):
         problem = "holds no LoRA, adapter or model"
         raise UserError(f"{path}: {problem}; a run leaves its result there at its end")
@@ -377,7 +377,8 @@ def training(result: Result) -> list[str]:
     # the dataset may be gone, or another one by now
     if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == state.get("data_sha256"):
         meta = read_json(file)
-        source = f"`{PurePath(meta['source']).name}` (sha256 `{meta['sha256']}`)"
+        hashes = [meta["sha256"]] if isinstance(meta["sha256"], str) else meta["sha256"]
+        source = f"`{PurePath(meta['source']).name}` (sha256 `{', '.join(hashes)}`)"
         counts = f"{meta['train_samples']:,} samples to train, {meta['val_samples']:,} to validate"
         longest = f"of at most {meta['max_seq_length']:,} tokens"
         parts.append(f"Data: {source}, {meta['records']:,} records: {counts}, {longest}.")

@@ -43,8 +43,8 @@ MUTATIONS = [
     Mutation(
         "a loaded LoRA scaled by the r of its settings",
         "storage/peft.py",
-        "scaling = alpha / (math.sqrt(r) if use_rslora else r)",
-        'scaling = alpha / (math.sqrt(settings["r"]) if use_rslora else settings["r"])',
+        "scaling = _alpha(settings, layer) / (math.sqrt(r) if lora.config.use_rslora else r)",
+        'scaling = _alpha(settings, layer) / settings["r"]',
         "test_lora.py::test_lora_of_peft_gives_the_same_logits_here",
     ),
     Mutation(
@@ -57,15 +57,15 @@ MUTATIONS = [
     Mutation(
         "the update rounded before it is merged",
         "lora.py",
-        "weight + lora.scaling * (lora.lora_B.weight @ lora.lora_A.weight)",
-        "weight + (lora.scaling * (lora.lora_B.weight @ lora.lora_A.weight)).to(lora.base.weight)",
+        "weight.float() + scaling * (b.float() @ a.float())",
+        "weight.float() + (scaling * (b.float() @ a.float())).to(weight.dtype)",
         "test_lora.py::test_merging_into_bf16_rounds_once",
     ),
     Mutation(
         "a DoRA merged by the norms of the base",
         "lora.py",
-        "(lora.lora_magnitude_vector / row_norms(weight))",
-        "(lora.lora_magnitude_vector / row_norms(lora.base.weight))",
+        "(magnitude / row_norms(merged))",
+        "(magnitude / row_norms(weight))",
         "test_lora.py::test_merged_equals_unmerged_and_leaves_a_plain_model",
     ),
     Mutation(
@@ -237,22 +237,22 @@ MUTATIONS = [
     Mutation(
         "labels predicted one token too late",
         "data.py",
-        "torch.arange(start + first - 1, start + len(ids) - 1)",
-        "torch.arange(start + first, start + len(ids))",
+        "positions.append(start + is_label.nonzero()[:, 0] - 1)",
+        "positions.append(start + is_label.nonzero()[:, 0])",
         "test_prepare.py::test_labels_are_response_and_end_token",
     ),
     Mutation(
         "BOS twice behind a template that spells it out",
         "tokenizer.py",
-        "if bos and ids[:1] != [self.bos_id]:",
-        "if bos:",
+        "if bos and ids[:1] != [self.bos_id] else ids",
+        "if bos else ids",
         "test_tokenizer.py::test_bos_that_a_template_spells_out_is_not_doubled",
     ),
     Mutation(
         "a user's text can end the turn",
         "prompts.py",
-        "tokenizer.protect(m[key])",
-        "m[key]",
+        "return tokenizer.protect(value)",
+        "return value",
         "test_prompts.py::test_special_tokens_come_from_the_template_alone",
     ),
     # training

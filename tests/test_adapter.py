@@ -232,7 +232,9 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"prompt: .* torch.Size\(\[5, 32\]\).*\[6, 32\]"):
         load_method(load_model(folder), path)
     settings.write_text(json.dumps(values | {"method": "llama_adapter_v3"}))
-    with pytest.raises(UserError, match=r"unknown method 'llama_adapter_v3'. Known: LORA, llama_a"):
+    with pytest.raises(
+        UserError, match=r"'llama_adapter_v3' is not supported. Known: LORA, llama_a"
+    ):
         load_method(load_model(folder), path)
 
 

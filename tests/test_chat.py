@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -121,6 +122,31 @@ def test_alpaca_turns_stand_alone(folder: Path) -> None:
         )
     with pytest.raises(UserError, match="--system: template 'alpaca' has no place for it"):
         make_chat(folder, template="alpaca", system="Be brief.")
+
+
+def test_a_question_with_an_input(folder: Path, tmp_path: Path) -> None:
+    """As the input of an Alpaca record, for one question."""
+    chat = make_chat(folder, template="alpaca")
+    assert "/input TEXT" in chat.command("/help")
+    assert chat.command("/input the quick  brown fox") == "(context for the next question)"
+    asked = {"role": "user", "content": "jumps", "input": "the quick  brown fox"}
+    assert "".join(chat.reply("jumps")) == reference(folder, [asked], 12, "alpaca")
+    plain = {"role": "user", "content": "jumps"}
+    assert "".join(chat.reply("jumps")) == reference(folder, [plain], 12, "alpaca")
+    chat.command("/input the dog")
+    assert chat.command("/input") == "(no context)"
+    list(chat.reply("jumps"))
+    assert chat.messages[-2] == plain
+    # a question that is too long was not asked: its context is still there
+    chat.command("/input the dog")
+    with pytest.raises(UserError, match="too long"):
+        list(chat.reply("the fox " * 100_000))
+    list(chat.reply("jumps"))
+    assert chat.messages[-2]["input"] == "the dog"
+    chat.command(f"/save {tmp_path}/chats.jsonl")
+    saved = json.loads((tmp_path / "chats.jsonl").read_text("utf-8"))["messages"]
+    assert saved[0] == {"role": "user", "content": "jumps\n\nthe quick  brown fox"}
+    assert saved[2] == plain
 
 
 def save_random_lora(folder: Path, path: Path, template: str, seed: int) -> None:

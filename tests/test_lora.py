@@ -1,15 +1,18 @@
 """LoRA against `peft`: files both ways, gradients, merging, and a training run."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script, make_hf_model, save_checkpoint_folder
+import yaml
+from conftest import ROOT, load_script, make_hf_model, save_checkpoint_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
-from test_training import start_run
+from test_training import column, read_metrics, start_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +20,8 @@ from lit_llama import LLaMA, UserError, load_model
 from lit_llama.data import sample_indices
 from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora, load_lora, merge_lora, save_lora
 from lit_llama.runtime.args import RunArgs
-from lit_llama.storage.methods import training_template
+from lit_llama.storage.loras import init_lora, starting_config
+from lit_llama.storage.methods import SaveInfo, save_methods, training_template
 from lit_llama.training import TrainArgs, fit, make_optimizer
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -337,3 +341,97 @@ def test_dora_starts_as_the_base_if_weights_load_later(
     theirs = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     expected = theirs(INPUT_IDS).logits
     torch.testing.assert_close(model(INPUT_IDS), expected, atol=1e-4, rtol=0)  # fp32
+
+
+STARTS = {
+    "ours": "--lora.r 4 --lora.alpha 12 --lora.use_dora true --lora.targets [all-linear]",
+    "rsLoRA": "--lora.r 4 --lora.alpha 12 --lora.use_rslora true",
+}
+
+
+def first_val_loss(out_dir: Path) -> float:
+    (state,) = out_dir.glob("step-*/state.json")
+    return json.loads(state.read_text("utf-8"))["first_val_loss"]
+
+
+@pytest.mark.parametrize("flags", STARTS.values(), ids=STARTS)
+def test_a_run_continues_a_lora(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, python: str, flags: str
+) -> None:
+    """Also on two processes, and resumed on another number of them."""
+    common = f"--checkpoint_dir {tiny_checkpoint} --data_dir {tiny_data} --train.batch_size 16"
+    common += " --train.warmup_steps 0 --train.learning_rate 1e-2 --lora.dropout 0"
+
+    def train(out: str, flags: str, status: int = 0) -> str:
+        command = f"{python} {ROOT}/finetune/lora.py {common} --out_dir {tmp_path / out} {flags}"
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=240)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    train("first", f"{flags} --train.max_steps 3")
+    last = float(read_metrics(tmp_path / "first")[-1]["val_loss"])
+    start = f"--init_from {tmp_path / 'first'}"
+    out = train("one", f"{start} --train.max_steps 2 --lora.r 16")
+    assert re.search(r"starting from .*: rank 4, alpha 12, targets .*; ignored: --lora.r\n", out)
+    train("two", f"{start} --train.max_steps 2 --devices 2")
+    before = json.loads((tmp_path / "first/adapter_config.json").read_text("utf-8"))
+    for name in ("one", "two"):
+        assert f"{first_val_loss(tmp_path / name):.7f}" == f"{last:.7f}"
+        after = json.loads((tmp_path / name / "adapter_config.json").read_text("utf-8"))
+        linears = ["down_proj", "gate_proj", "up_proj", *(f"{n}_proj" for n in "koqv")]
+        if before["target_modules"] == "all-linear":
+            before["target_modules"] = linears
+        assert after == before | {"lora_dropout": 0.0}
+    flags = yaml.safe_load((tmp_path / "one/config.yaml").read_text("utf-8"))
+    assert (flags["init_from"], flags["lora"]["r"]) == (str(tmp_path / "first"), 4)
+    losses = [column(read_metrics(tmp_path / name), "loss") for name in ("one", "two")]
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=0)  # bf16, another order of sums
+    assert losses[0][-1] < column(read_metrics(tmp_path / "first"), "loss")[0]
+    train("one", f"{start} --train.max_steps 4 --lora.r 16 --resume --devices 2")
+    assert len(read_metrics(tmp_path / "one")) == 4
+    assert "--init_from was" in train("one", "--train.max_steps 4 --resume", status=1)
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["LoRA", "rsLoRA"])
+def test_a_run_continues_a_lora_of_peft(folder: Path, tmp_path: Path, rslora: bool, capsys) -> None:
+    """Ranks and scalings differ by layer, and stay."""
+    theirs = peft_model(
+        folder,
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 6},
+        alpha_pattern={"layers.1.self_attn.q_proj": 3},
+        use_rslora=rslora,
+        lora_dropout=0.3,
+    )
+    theirs = randomized(theirs).eval()
+    theirs.save_pretrained(tmp_path / "start")
+    config = starting_config(LoRAConfig(dropout=0.1), tmp_path / "start", folder)
+    assert config == LoRAConfig(4, 8, 0.1, ("down_proj", "q_proj"), rslora)
+    assert "ignored" not in capsys.readouterr().out
+    model = load_model(folder, dtype=torch.float32)
+    init_lora(model, config, tmp_path / "start")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert_close(model(INPUT_IDS), theirs(INPUT_IDS).logits)
+    save_methods(tmp_path / "out", trained.items(), {"LORA": config}, SaveInfo(model, "", ""))
+    assert_close(peft_model(folder, tmp_path / "out")(INPUT_IDS).logits, theirs(INPUT_IDS).logits)
+
+
+def test_what_a_run_cannot_continue_is_refused(folder: Path, tmp_path: Path) -> None:
+    tied = tmp_path / "tied"
+    make_hf_model(tie_word_embeddings=True).save_pretrained(tied)
+    kinds = {
+        "embed_tokens": (folder, dict(target_modules=["q_proj", "embed_tokens"])),
+        "lm_head.weight": (folder, dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        "lm_head": (tied, dict(target_modules=["q_proj", "lm_head"])),
+        "0": (folder, dict(target_modules=["q_proj", "lm_head"])),
+    }
+    for name, (base, settings) in kinds.items():
+        peft_model(base, r=4, **settings).save_pretrained(tmp_path / name)
+        message = f"{tmp_path / name}: changes {name}, too, .*scripts/merge_lora.py"
+        if name == "0":  # the copy of the base's head that is stored beside it is no change
+            message = "a LoRA of lm_head works without dropout only. Pass --lora.dropout 0"
+            assert starting_config(LoRAConfig(dropout=0), tmp_path / name, base).r == 4
+        with pytest.raises(UserError, match=message):
+            starting_config(LoRAConfig(), tmp_path / name, base)

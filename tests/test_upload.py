@@ -449,8 +449,8 @@ def test_the_card_tells_recipe_losses_and_data(place: Path) -> None:
     after = float(last[4])
     assert f"Validation loss before: {state['first_val_loss']:.4f}. After: {after:.4f}." in text
     assert (
-        f"`records.json` (sha256 `{meta['sha256']}`), 60 records: "
-        "50 samples to train, 10 to validate" in text
+        f"`records.json` (sha256 `{meta['sha256'][0]}`), 60 records: "
+        f"{meta['train_samples']} samples to train, {meta['val_samples']} to validate" in text
     )
     for line in (
         "| lora.r | 8 |",

@@ -1,22 +1,25 @@
 """The table of finetuning methods, and loading of whatever a finetuning run has saved."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_llama.adapter import apply_adapter, apply_adapter_v2
 from lit_llama.args import AdapterConfig, LoRAConfig
+from lit_llama.config import LLaMAConfig, read_json
 from lit_llama.errors import UserError
-from lit_llama.lora import apply_lora, merge_lora
+from lit_llama.lora import LoRALinear, apply_lora, merge_lora
 from lit_llama.model import LLaMA
-from lit_llama.storage import files, model_folder, peft
+from lit_llama.storage import files, loras, model_folder, peft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.wrapping import base_name, unfreeze
 
+GENERATION_CONFIG = "generation_config.json"
 Tensors = Iterable[tuple[str, Tensor]]  # trained parameters by name, full and on the CPU
 
 
@@ -59,7 +62,7 @@ def plain_method(
         apply(model, config(**{field.name: settings[field.name] for field in fields(config)}))
         names = {base_name(key): key for key in model.state_dict()}
         names = {key: name for key, name in names.items() if key.endswith(endings)}
-        tensors, _ = files.read_tensors(folder / peft.WEIGHTS_FILE)
+        tensors, _ = peft.read_weights(folder)
         if wrong := sorted(names.keys() ^ tensors.keys()):
             problem = f"{wrong[0]} is not in both the file and the model"
             raise UserError(f"{folder}: {problem}. It belongs to another model")
@@ -85,16 +88,20 @@ def _save_full(folder: Path, tensors: Tensors, config: FullConfig, info: SaveInf
     model_folder.write_model_folder(folder, info.model.config, rounded, tokenizer, info.template)
 
 
+def _save_lora(folder: Path, tensors: Tensors, config: LoRAConfig, info: SaveInfo) -> None:
+    layers = (pair for pair in info.model.named_modules() if isinstance(pair[1], LoRALinear))
+    scalings = {base_name(name): layer.scaling for name, layer in layers}
+    peft.save_lora(dict(tensors), folder, config, info.base_model, info.template, scalings)
+
+
 # By the name in adapter_config.json (`peft_type` or `method`). A new method is one more entry.
 METHODS: dict[str, Method] = {
     "LORA": Method(
         script="lora",
         config=LoRAConfig,
         apply=apply_lora,
-        save=lambda folder, tensors, config, info: peft.save_lora(
-            dict(tensors), folder, config, info.base_model, info.template
-        ),
-        load=peft.load_lora,
+        save=_save_lora,
+        load=loras.load_lora,
         merge=merge_lora,
         # LoRA+ (arXiv 2402.12354, section 4): B learns faster than A.
         learning_rate_ratio=lambda config, name: (
@@ -137,7 +144,7 @@ def load_method(model: LLaMA, path: Path) -> None:
     method = METHODS.get(name)
     if method is None or method.load is None:
         known = ", ".join(METHODS)
-        raise UserError(f"{path / peft.CONFIG_FILE}: unknown method {name!r}. Known: {known}")
+        raise UserError(f"{path / peft.CONFIG_FILE}: {name!r} is not supported. Known: {known}")
     method.load(model, path)
     if method.merge is not None:
         method.merge(model)
@@ -151,17 +158,90 @@ def load_finetuned(
     """Load a finetuned model, its tokenizer and the name of its prompt template.
 
     `path` is the folder of a method's result, ours or PEFT's, or of a model. `checkpoint_dir` is
-    the base model; default: the one that the result names. A template that is not recorded is
-    alpaca for a method, and chat or none for a model.
+    the base model; default: the one that the result names. See `prompt_format` for the template.
     """
     base = resolve_model_dir(path, checkpoint_dir)
-    tokenizer, model = Tokenizer(base), model_folder.load_model(base, device, dtype)
-    if base == path:
-        default = "chat" if tokenizer.chat_template else "none"
-    else:
-        default = "alpaca"
+    form = prompt_format(path, base)
+    model = model_folder.load_model(base, device, dtype)
+    if base != path:
         load_method(model, path)
-    return model, tokenizer, training_template(path) or default
+    model.config = replace(model.config, eos_token_id=form.eos_ids)
+    return model, form.tokenizer, form.template
+
+
+class PromptFormat(NamedTuple):
+    """How to prompt a model: its tokenizer, the name of the template, and the end tokens."""
+
+    tokenizer: Tokenizer
+    template: str
+    eos_ids: int | list[int] | None
+
+
+def prompt_format(path: Path, base: Path, template: str | None = None) -> PromptFormat:
+    """Return the tokenizer, template and end tokens of a result on the model in `base`.
+
+    Those in the result's own folder come before the base's. A template that is not recorded is
+    chat if the folder of the result has a chat template, else alpaca; chat or none for a model.
+    """
+    eos = _as_list(LLaMAConfig.from_checkpoint(base).eos_token_id)
+    tokenizer = Tokenizer(tokenizer_dir(path, base))
+    if path != base:
+        peft.read_settings(path)  # raises UserError if nothing is there
+        own = _chat_template(path)
+        if not _has_tokenizer(path):
+            tokenizer.chat_template = own or tokenizer.chat_template
+        elif tokenizer.eos_id is not None:
+            eos = [tokenizer.eos_id, *eos]
+        if (path / GENERATION_CONFIG).is_file():
+            eos = [*_as_list(read_json(path / GENERATION_CONFIG).get("eos_token_id")), *eos]
+        default = "chat" if own else "alpaca"
+    else:
+        default = "chat" if tokenizer.chat_template else "none"
+    eos = list(dict.fromkeys(eos))
+    eos = eos if len(eos) > 1 else next(iter(eos), None)
+    return PromptFormat(tokenizer, template or training_template(path) or default, eos)
+
+
+def tokenizer_dir(path: Path, base: Path) -> Path:
+    """Return the folder of a result's tokenizer: its own if it has one, else the base model's."""
+    return path if _has_tokenizer(path) else base
+
+
+def prompt_files(path: Path, base: Path) -> dict[str, bytes]:
+    """Return the tokenizer files and generation_config.json of a result merged into `base`."""
+    eos = prompt_format(path, base).eos_ids
+    contents, own = model_folder.tokenizer_files(base), model_folder.tokenizer_files(path)
+    generation = own.get(GENERATION_CONFIG, contents.get(GENERATION_CONFIG))
+    if _has_tokenizer(path):  # files of two tokenizers do not go together
+        contents = own
+    elif template := _chat_template(path):
+        contents["chat_template.jinja"] = template.encode()
+    if generation is not None:
+        settings = json.loads(generation)
+        if not {*_as_list(eos)} <= {*_as_list(settings.get("eos_token_id"))}:
+            settings["eos_token_id"] = eos
+            generation = (json.dumps(settings, indent=2) + "\n").encode()
+        contents[GENERATION_CONFIG] = generation
+    return contents
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _chat_template(path: Path) -> str | None:
+    """Return the chat template in a folder, which may have no tokenizer."""
+    if (path / "chat_template.jinja").is_file():
+        return files.read_text(path / "chat_template.jinja")
+    file = path / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def resolve_model_dir(path: Path, checkpoint_dir: Path | None = None) -> Path:
@@ -181,7 +261,7 @@ def resolve_model_dir(path: Path, checkpoint_dir: Path | None = None) -> Path:
 
 def training_template(path: Path) -> str | None:
     """Return the prompt template of a result's training, None if it is not recorded (PEFT's)."""
-    file = path / peft.WEIGHTS_FILE
+    file = peft.weights_file(path)
     if not file.exists():  # a full model
         file = model_folder.weight_files(path)[0]
     metadata = {} if file.suffix == ".bin" else files.read_tensors(file)[1]
