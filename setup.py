@@ -9,6 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', INIT)[1]
 HUB = ["huggingface_hub>=1.20"]
 GGUF = ["gguf>=0.17", "protobuf>=4.21.1"]
 EVAL = ["lm-eval>=0.4.10"]
+PARQUET = ["pyarrow>=18"]
 TENSORBOARD, WANDB, MLFLOW = ["tensorboard>=2.16.2"], ["wandb>=0.25"], ["mlflow-skinny>=3.5"]
 
 setup(
@@ -39,6 +40,7 @@ setup(
         "gguf": GGUF,
         "quickstart": GGUF,
         "eval": EVAL,
+        "parquet": PARQUET,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "mlflow": MLFLOW,
@@ -47,6 +49,7 @@ setup(
             *HUB,
             *GGUF,
             *EVAL,
+            *PARQUET,
             *TENSORBOARD,
             *WANDB,
             *MLFLOW,

@@ -168,11 +168,10 @@ def padded(job: Job, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
     labels.fill_(IGNORED)
     for row, index in enumerate(ids):
-        length, labelled = data.lengths[index], data.label_counts[index]
-        start = sum(data.lengths[:index])
-        tokens[row, :length] = data.tokens[start : start + length]
-        labels[row, length - labelled : length] = tokens[row, length - labelled : length]
-        mask[row, :length] = 1
+        ids, is_label = data.sample(index)
+        tokens[row, : len(ids)] = ids
+        labels[row, : len(ids)][is_label] = ids[is_label].long()
+        mask[row, : len(ids)] = 1
     return tokens.to(device), mask.to(device), labels.to(device)
 
 

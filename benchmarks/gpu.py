@@ -238,7 +238,8 @@ def make_step(
     lengths = torch.tensor(bench.lengths * (WARMUP_STEPS + bench.steps + 1))
     tokens = torch.randint(3, config.vocab_size, (int(lengths.sum()),), dtype=torch.int32)
     offsets = torch.cat((torch.tensor([0]), lengths.cumsum(0)))
-    tensors = dict(tokens=tokens, offsets=offsets, prompt_lengths=torch.full_like(lengths, 60))
+    is_label = torch.cat([torch.arange(length) >= 60 for length in lengths])
+    tensors = dict(tokens=tokens, offsets=offsets, is_label=is_label, label_counts=lengths - 60)
     data, size = TokenizedDataset(tensors), len(bench.lengths)
 
     def step(number: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Each model is measured in a process of its own, so that the peak memory is its o
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,20 +20,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jinja2 import Environment, FileSystemLoader
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
-from scoring import log_likelihoods
+from scoring import dataset_samples, log_likelihoods
 from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 from tqdm import tqdm
 
 from lit_llama import LLaMA, LLaMAConfig, Tokenizer, UserError
 from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.generation import Sampling, stream
-from lit_llama.prompts import Messages, content, get_template, stop_ids
+from lit_llama.prompts import Messages, content, encode_prompt, get_template, stop_ids
 from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import default_device, inference_dtype, peak_memory_bytes
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.files import atomic_write, read_text
-from lit_llama.storage.methods import load_finetuned, resolve_model_dir
-from lit_llama.storage.records import Columns, encode_answers, read_conversations
+from lit_llama.storage.methods import load_finetuned, resolve_model_dir, tokenizer_dir
+from lit_llama.storage.records import Columns, read_conversations
+from lit_llama.storage.samples import encode_answers, learned_turns
 
 BATCH_TOKENS = 2048  # per batch, for the loss
 
@@ -121,18 +123,14 @@ def main(
 
 def read_prompts(file: Path) -> dict[str, Messages]:
     """Read a prompt from each line, as conversations without an answer."""
-    lines = read_text(file, hint=". Pass a text file to --prompt_file").splitlines()
-    prompts = [line for line in lines if line.strip()]
+    lines = read_text(file, hint=". Pass a text file to --prompt_file").split("\n")
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{file}: holds no prompt. Write one in each line")
     return {
-        f"{file}, prompt {number}": [turn("user", text), turn("assistant", "")]
+        f"{file}, prompt {number}": [{"role": "user", "content": text}]
         for number, text in enumerate(prompts, start=1)
     }
-
-
-def turn(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 def in_own_process(path: Path, *common: Any) -> dict[str, Any]:
@@ -166,7 +164,8 @@ def measure(
     model, tokenizer, trained_with = load_finetuned(path, checkpoint_dir, device, dtype)
     if isinstance(data, Path):
         model_dir = resolve_model_dir(path, checkpoint_dir)
-        template, found = validation_samples(data, tokenizer, model_dir)
+        own = tokenizer_dir(path, model_dir)
+        template, found = validation_samples(data, tokenizer, model_dir, own)
     else:
         template = template or trained_with
         found = samples_from_records(data, template, tokenizer, model.config)
@@ -204,24 +203,36 @@ def samples_from_records(
     """Yield a sample for each answer of the conversations, as in training."""
     prompt_template = get_template(template, tokenizer)
     end_id = stop_ids(prompt_template, tokenizer, config.eos_token_id)[0]
+    problems = []
     for origin, messages in conversations.items():
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        encoded = encode_answers(messages, prompt_template, tokenizer, end_id, origin)
-        for number, (prompt, response) in zip(turns, encoded, strict=True):
-            before = messages[:number]
-            if len(before) == 1:
-                text = content(before[0])
-            else:
-                text = "\n\n".join(f"{m['role']}: {content(m)}" for m in before)
-            reference = messages[number]["content"]
-            yield Sample(text, reference, prompt + response, len(prompt))
+        if len(messages) == 1 and messages[0]["role"] == "user":  # without a reference
+            ids = encode_prompt(prompt_template, tokenizer, messages)
+            yield Sample(prompt_text(messages), "", ids, len(ids))
+            continue
+        try:
+            encoded = encode_answers(messages, prompt_template, tokenizer, end_id, origin)
+        except UserError as error:
+            print(f"not compared: {error}", file=sys.stderr)
+            problems.append(error)
+            continue
+        for turn, (ids, ((start, _),)) in zip(learned_turns(messages), encoded, strict=True):
+            yield Sample(prompt_text(messages[:turn]), messages[turn]["content"], ids, start)
+    if len(problems) == len(conversations):
+        raise problems[0]
+
+
+def prompt_text(messages: Messages) -> str:
+    """Return the turns before an answer as a text to show."""
+    if len(messages) == 1:
+        return content(messages[0])
+    return "\n\n".join(f"{turn['role']}: {content(turn)}" for turn in messages)
 
 
 def validation_samples(
-    data_dir: Path, tokenizer: Tokenizer, model_dir: Path
+    data_dir: Path, tokenizer: Tokenizer, model_dir: Path, tokenizer_dir: Path
 ) -> tuple[str, Iterator[Sample]]:
     """Return the template and the validation samples of a tokenized dataset."""
-    dataset = load_dataset(data_dir, model_dir)
+    dataset = load_dataset(data_dir, model_dir, tokenizer_dir)
     problem = None
     if not len(dataset.val):
         problem = "has no validation samples"
@@ -231,12 +242,9 @@ def validation_samples(
         raise UserError(f"{data_dir}: {problem}. Give records with --source")
 
     def decoded() -> Iterator[Sample]:
-        for index in range(len(dataset.val)):
-            batch = dataset.val.micro_batch([index], torch.device("cpu"))
-            response = batch["labels"].tolist()
-            prompt = batch["input_ids"][: batch["label_positions"][0] + 1].tolist()
-            texts = tokenizer.decode(prompt), tokenizer.decode(response)
-            yield Sample(*texts, prompt + response, len(prompt))
+        for ids, start in dataset_samples(dataset.val):
+            texts = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+            yield Sample(*texts, ids, start)
 
     return dataset.template, decoded()
 

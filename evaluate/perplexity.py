@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
-from scoring import Sample, choose_folder, log_likelihoods
+from scoring import Sample, choose_folder, dataset_samples, log_likelihoods
 
 from lit_llama import LLaMAConfig, Tokenizer, UserError
 from lit_llama.prompts import Messages, get_template, stop_ids
@@ -15,8 +14,9 @@ from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import default_device, inference_dtype
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.files import read_text
-from lit_llama.storage.methods import load_finetuned, resolve_model_dir
-from lit_llama.storage.records import Columns, encode_answers, read_conversations
+from lit_llama.storage.methods import load_finetuned, resolve_model_dir, tokenizer_dir
+from lit_llama.storage.records import Columns, is_records_file, read_conversations
+from lit_llama.storage.samples import encode_answers
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
             (default: the one that it names).
         lora_path: Folder of the LoRA, ours or PEFT's; an adapter trained with it is used too.
         adapter_path: Folder of the adapter.
-        source: Text file, or records (.json, .jsonl, .csv) whose answers are predicted.
+        source: Text file, or records (JSON, JSONL, CSV, Parquet) whose answers are predicted.
         data_dir: Tokenized dataset whose validation samples are predicted.
         window: Tokens per forward pass of a text; records are truncated to it (default: the
             context, at most 2048).
@@ -69,7 +69,8 @@ def main(
     content = None if source is None else read_source(source, columns)
     model, tokenizer, trained_with = load_finetuned(folder, checkpoint_dir, default_device(), dtype)
     if content is None:
-        samples = validation_samples(data_dir, model_dir)
+        own = tokenizer_dir(folder, model_dir)
+        samples = dataset_samples(load_dataset(data_dir, model_dir, own).val)
     elif isinstance(content, str):
         samples = windows(tokenizer.encode(content), window, stride)
     else:
@@ -93,7 +94,7 @@ def main(
 
 def read_source(source: Path, columns: Columns) -> str | dict[str, Messages]:
     """Read a text, or records as conversations by their position in the file."""
-    if source.suffix in (".json", ".jsonl", ".csv"):
+    if source.is_dir() or is_records_file(source.name):
         return read_conversations(source, columns)
     return read_text(source, hint=". Pass a file to --source")
 
@@ -123,22 +124,20 @@ def answers(
     """Yield a sample for each answer, as scripts/prepare_json.py makes them."""
     prompt_template = get_template(template, tokenizer)
     end_id = stop_ids(prompt_template, tokenizer, config.eos_token_id)[0]
-    truncated = 0
+    truncated, skipped = 0, []
     for position, messages in conversations.items():
-        pairs = encode_answers(messages, prompt_template, tokenizer, end_id, position)
-        for prompt, response in pairs:
-            truncated += len(prompt) + len(response) > max_length
-            yield (prompt + response)[:max_length], min(max(len(prompt), 1), max_length)
+        try:
+            samples = encode_answers(messages, prompt_template, tokenizer, end_id, position)
+        except UserError as error:
+            skipped.append(error)
+            continue
+        for ids, ((start, _),) in samples:
+            truncated += len(ids) > max_length
+            yield ids[:max_length], min(max(start, 1), max_length)
     if truncated:
         print(f"{truncated} answers cut where they exceed --window {max_length}")
-
-
-def validation_samples(data_dir: Path, model_dir: Path) -> Iterator[Sample]:
-    """Yield the validation samples of a dataset; what training learns is scored."""
-    val = load_dataset(data_dir, model_dir).val
-    ends = accumulate(val.lengths)
-    for end, length, num_labels in zip(ends, val.lengths, val.label_counts, strict=True):
-        yield val.tokens[end - length : end].tolist(), length - num_labels
+    if skipped:
+        print(f"{len(skipped)} records not scored, the first: {skipped[0]}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Batched log-likelihoods of continuations, packed without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.data import pack_micro_batches
+from lit_llama.data import TokenizedDataset, pack_micro_batches
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 
@@ -28,6 +28,16 @@ def choose_folder(
     if not (lora_path or adapter_path or checkpoint_dir):
         raise UserError(f"{flags}: pass one of them")
     return lora_path or adapter_path or checkpoint_dir
+
+
+def dataset_samples(dataset: TokenizedDataset) -> Iterator[Sample]:
+    """Yield a sample for each span of labels, which ends with it."""
+    for index in range(len(dataset)):
+        ids, is_label = dataset.sample(index)
+        flags = is_label.int()
+        edges = flags.diff(prepend=flags.new_zeros(1), append=flags.new_zeros(1)).nonzero()[:, 0]
+        for start, end in edges.view(-1, 2).tolist():
+            yield ids[:end].tolist(), start
 
 
 @torch.inference_mode()

@@ -11,19 +11,21 @@ from torch import Tensor
 class TokenizedDataset:
     """Samples of token ids; `lengths` and `label_counts` are the tokens and labels of each."""
 
-    # `tensors` holds `tokens` (all tokens,) int32, `offsets` (samples + 1,) of each sample in them,
-    # and `prompt_lengths` (samples,): that many tokens of a sample are not labels.
+    # `tensors` holds `tokens` (all tokens,) int32, `is_label` (all tokens,) bool, those to learn,
+    # and for each sample: `offsets` (samples + 1,) in them and `label_counts` (samples,).
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tokens = tensors["tokens"]
+        self.tokens, self.is_label = tensors["tokens"], tensors["is_label"]
         self.lengths = tensors["offsets"].diff().tolist()
+        self.label_counts = tensors["label_counts"].tolist()
         self._offsets = tensors["offsets"].tolist()
-        # nothing predicts the first token, so it is not a label even without a prompt
-        self._first_labels = tensors["prompt_lengths"].clamp(min=1).tolist()
-        pairs = zip(self.lengths, self._first_labels, strict=True)
-        self.label_counts = [length - first for length, first in pairs]
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return the token ids of a sample and which of them are labels, each (tokens,)."""
+        part = slice(self._offsets[index], self._offsets[index + 1])
+        return self.tokens[part], self.is_label[part]
 
     def micro_batch(self, sample_ids: list[int], device: torch.device) -> dict[str, Any]:
         """Pack samples into arguments of `LLaMA.forward`, which then returns their summed loss.
@@ -36,13 +38,12 @@ class TokenizedDataset:
             return dict(input_ids=token, lengths=[1], label_positions=token[:0], labels=token[:0])
         inputs, labels, positions, start = [], [], [], 0
         for index in sample_ids:
-            ids = self.tokens[self._offsets[index] : self._offsets[index + 1]]
-            first = self._first_labels[index]
+            ids, is_label = self.sample(index)
             # the last token predicts nothing, so the model does not need to see it
             inputs.append(ids[:-1])
-            labels.append(ids[first:])
+            labels.append(ids[is_label])
             # each label is predicted at the token before it
-            positions.append(torch.arange(start + first - 1, start + len(ids) - 1))
+            positions.append(start + is_label.nonzero()[:, 0] - 1)
             start += len(ids) - 1
         packed = dict(input_ids=inputs, label_positions=positions, labels=labels)
         # int32 on disk halves the file; torch's embedding and loss take int64

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_llama.config import read_json
 from lit_llama.errors import UserError
 
 # Put into a special token's spelling inside a user's text, so that it stays text in a rendered
@@ -20,87 +19,39 @@ class Tokenizer:
     # adds_bos: whether the model was trained with BOS in front of its text
     # vocab_size: highest token id plus one
     # specials: ids of the special tokens (BOS, EOS, `<|im_end|>`...) by spelling
+    # added: ids of all tokens beside the vocabulary proper, such as `<think>`, by spelling
     # chat_template: Jinja chat template, None if the folder has none
+    # named: spelling of "bos_token", "pad_token"... for the chat template
     # path, sha256: tokenizer file and its checksum, which a tokenized dataset stores
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        self.path = Path(checkpoint_dir) / "tokenizer.json"
-        if not self.path.exists():
-            self.path = self.path.with_suffix(".model")
-        if not self.path.exists():
-            problem = "no tokenizer.json and no tokenizer.model there"
-            raise UserError(f"{checkpoint_dir}: {problem}. Run scripts/download.py first")
-        try:
-            self._load_json() if self.path.suffix == ".json" else self._load_sentencepiece()
-        except Exception as error:  # the type that `tokenizers` raises
-            raise UserError(f"{self.path}: not a tokenizer ({error}). Download it again") from None
+        from lit_llama.storage.tokenizer_files import read_tokenizer  # storage imports the book
+
+        files = read_tokenizer(Path(checkpoint_dir))
+        self._encode, self._decode = files.encode, files.decode
+        self.path, self.vocab_size = files.path, files.vocab_size
+        self.specials, self.added, self.named = files.specials, files.added, files.named
+        self.bos_id, self.eos_id, self.adds_bos = files.bos_id, files.eos_id, files.adds_bos
+        self.chat_template = files.chat_template
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        names = ("tokenizer_config.json", "config.json", "added_tokens.json")
-        paths = [self.path.with_name(name) for name in names]
-        options, config, added = (read_json(path) if path.exists() else {} for path in paths)
-        # tokens that a finetuning added; tokenizer.json holds its own
-        if self.path.suffix == ".model":
-            self.specials |= added
-            self.vocab_size = max([self.vocab_size, *(index + 1 for index in added.values())])
-        # a row too few in the embedding would be an index error deep in the model
-        embedding = config.get("vocab_size") or self.vocab_size
-        if self.vocab_size > embedding:
-            sizes = f"{self.vocab_size} tokens for an embedding of {embedding}"
-            raise UserError(f"{self.path}: {sizes}. Use the tokenizer that came with the model")
+        patterns = []
         # longest first, since a spelling may begin with another one; (?!) never matches
-        spellings = sorted(map(re.escape, filter(None, self.specials)), key=len, reverse=True)
-        self._special_pattern = re.compile(f"({'|'.join(spellings) or '(?!)'})")
-        # the ids of config.json come last: a finetuned model may stop at another token
-        ids = config | self._own_ids
-        self.bos_id = self._find_id(options.get("bos_token"), ids.get("bos_token_id"))
-        self.eos_id = self._find_id(options.get("eos_token"), ids.get("eos_token_id"))
-        adds_bos = options.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = self._adds_token(self.bos_id)
-        self.adds_bos = adds_bos and self.bos_id is not None
-        template = options.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        jinja = self.path.with_name("chat_template.jinja")
-        self.chat_template = jinja.read_text("utf-8") if jinja.exists() else template
+        for token in sorted(filter(None, self.specials), key=len, reverse=True):
+            left, right = files.strips.get(token, (False, False))
+            patterns.append(r"\s*" * left + re.escape(token) + r"\s*" * right)
+        self._special_pattern = re.compile(f"({'|'.join(patterns) or '(?!)'})")
 
-    def _load_json(self) -> None:
-        from tokenizers import Tokenizer as Backend
+    def split(self, text: str) -> list[str]:
+        """Split a rendered text into plain parts and special tokens, which alternate."""
+        return self._special_pattern.split(text)
 
-        backend = Backend.from_file(str(self.path))
-        backend.no_truncation()  # files of finetuned models may set both
-        backend.no_padding()
-        added = backend.get_added_tokens_decoder()
-        self.specials = {token.content: index for index, token in added.items() if token.special}
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-        self._own_ids, self._adds_token = {}, lambda index: index in backend.encode("a").ids[:1]
-        # spellings stay text: `encode(special=True)` looks for special tokens itself
-        backend.encode_special_tokens = True
-        starts_words = getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
+    def special_id(self, part: str) -> int:
+        """Return the id of a special token from `split`."""
+        index = self.specials.get(part)
+        return self.specials[part.strip()] if index is None else index
 
-        def encode(text: str, first: bool) -> list[int]:
-            if starts_words:  # a space before the text, but not after each special token
-                backend.pre_tokenizer.prepend_scheme = "first" if first else "never"
-            return backend.encode(text, add_special_tokens=False).ids
-
-        self._encode, self._decode = encode, backend.decode
-
-    def _load_sentencepiece(self) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        backend = SentencePieceProcessor(model_file=str(self.path))
-        size = self.vocab_size = backend.vocab_size()
-        self.specials = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-        own_ids = {"bos_token_id": backend.bos_id(), "eos_token_id": backend.eos_id()}
-        self._own_ids = {name: index for name, index in own_ids.items() if index >= 0}
-        self._adds_token = lambda index: True  # all of these models were trained with BOS
-        self._encode = lambda text, first: backend.encode(text)
-        # the library does not know the ids of added_tokens.json
-        self._decode = lambda ids: backend.decode([index for index in ids if index < size])
-
-    def _find_id(self, token: str | dict | None, fallback: int | list[int] | None) -> int | None:
-        spelling = token["content"] if isinstance(token, dict) else token
-        index = self.specials.get(spelling, fallback)
-        return index[0] if isinstance(index, list) else index
+    def encode_batch(self, parts: list[str], first: bool = True) -> list[list[int]]:
+        """Return the token ids of plain parts, on all cores. `first`: they begin their texts."""
+        return self._encode([part.replace(_MARK, "") for part in parts], first)
 
     def encode(
         self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False
@@ -111,25 +62,35 @@ class Tokenizer:
         prompts, it becomes that token, except in text from `protect`.
         """
         text.encode()  # raises for half of an emoji, where both libraries have obscure errors
-        parts = self._special_pattern.split(text) if special else [text]
         ids: list[int] = []
-        for number, part in enumerate(parts):
-            if number % 2:  # text and special tokens alternate
-                ids.append(self.specials[part])
+        for number, part in enumerate(self.split(text) if special else [text]):
+            if number % 2:
+                ids.append(self.special_id(part))
             elif part:
-                plain = part.replace(_MARK, "") if special else part
-                ids.extend(self._encode(plain, number == 0))
-        bos = self.adds_bos if bos is None else bos
-        for name, wanted, index in (("BOS", bos, self.bos_id), ("EOS", eos, self.eos_id)):
-            if wanted and index is None:
-                raise UserError(f"{self.path}: the tokenizer has no {name} token")
-        if bos and ids[:1] != [self.bos_id]:  # a chat template may spell it out
-            ids.insert(0, self.bos_id)
+                ids.extend(self.encode_batch([part], number == 0)[0])
+        ids = self.add_bos(ids, bos)
+        if eos and self.eos_id is None:
+            raise UserError(f"{self.path}: the tokenizer has no EOS token")
         return [*ids, self.eos_id] if eos else ids
+
+    def add_bos(self, ids: list[int], bos: bool | None = None) -> list[int]:
+        """Prepend BOS (default: if `adds_bos`), unless it is there already."""
+        bos = self.adds_bos if bos is None else bos
+        if bos and self.bos_id is None:
+            raise UserError(f"{self.path}: the tokenizer has no BOS token")
+        # a chat template may spell it out
+        return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
 
     def protect(self, text: str) -> str:
         """Mark special tokens' spellings in a text as text for `encode(special=True)`."""
-        return self._special_pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+
+        def mark(match: re.Match) -> str:
+            token = match[0].strip()
+            if token in ("<think>", "</think>"):  # belong to an answer, and end nothing
+                return match[0]
+            return match[0].replace(token, token[0] + _MARK + token[1:])
+
+        return self._special_pattern.sub(mark, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hub import files_needed, refuse_plain_http
+from hub import files_needed, hub_errors
 from tqdm import tqdm
 
 from lit_llama.errors import UserError
@@ -33,20 +33,16 @@ def main(
         checkpoint_dir: Parent of the output folder, which has the model's name.
         token: Token for gated models; default: that of `hf auth login` or HF_TOKEN.
     """
-    try:
-        from huggingface_hub import HfApi, errors, snapshot_download
-    except ImportError:
-        fix = "pip install -c constraints.txt -e '.[hub]'"
-        raise UserError(f"downloads need huggingface_hub: {fix}") from None
     folder = checkpoint_dir / repo_id
     unfinished = folder.with_name(f".{folder.name}.download")
-    try:
-        refuse_plain_http()
+    with hub_errors(repo_id, "model", revision):
+        from huggingface_hub import HfApi, snapshot_download
+
         model = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
         files = {file.rfilename: file for file in model.siblings or []}
         wanted = files_needed(list(files))
         if not any(name.endswith((".safetensors", ".bin")) for name in wanted):
-            problem = "holds no safetensors and no pytorch_model.bin"
+            problem = "holds no safetensors and no .bin of a model or LoRA"
             raise UserError(f"{repo_id}: {problem}. For GGUF: howto/download_weights.md")
         missing = [name for name in wanted if not is_complete(folder / name, files[name])]
         if missing:
@@ -61,22 +57,6 @@ def main(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).replace(folder / name)
         shutil.rmtree(unfinished, ignore_errors=True)
-    except errors.GatedRepoError:
-        hint = f"Accept its licence at https://huggingface.co/{repo_id}, then run: hf auth login"
-        raise UserError(f"{repo_id}: gated. {hint}") from None
-    except errors.RepositoryNotFoundError:
-        problem = "no such model on the hub, or a private one (--token)"
-        raise UserError(f"{repo_id}: {problem}. Check --repo_id") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{repo_id}: has no revision {revision!r}. Check --revision") from None
-    except errors.HFValidationError:
-        hint = "should be owner/name, as in meta-llama/Llama-2-7b-hf"
-        raise UserError(f"--repo_id {repo_id}: {hint}") from None
-    except Exception as error:  # each version of the library has its own types for lost connections
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
-            raise
-        problem = f"the download broke off ({error})"
-        raise UserError(f"{repo_id}: {problem}. Run this again to resume it") from None
     print(f"{len(wanted)} files in {folder}")
 
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from prepare_json import PrepareArgs, fetch, prepare, read_records
+from prepare_json import Columns, PrepareArgs, fetch, prepare
 
-from lit_llama.errors import UserError
 from lit_llama.runtime.cli import run
 
 URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -16,7 +15,7 @@ def main(
     source: Path | None = None,
     checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
     data_dir: Path = Path("data/alpaca"),
-    val_size: NonNegativeInt = 2000,
+    val_size: NonNegativeInt | None = None,
     max_seq_length: PositiveInt = 512,
     template: str = "alpaca",
     mask_prompt: bool = True,
@@ -28,9 +27,10 @@ def main(
         source: JSON of instruction, input, output; default: download cleaned Alpaca (51,759).
         checkpoint_dir: Model folder whose tokenizer is used.
         data_dir: Output folder for the tokenized dataset.
-        val_size: Number of records held out for validation.
+        val_size: Number of records held out for validation (default: a tenth, at most 2000).
         max_seq_length: Longest sample in tokens; longer ones are truncated.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none.
+        template: alpaca, chatml, llama3, chat (the model folder's own), none, or auto: chat if the
+            folder has one, else alpaca.
         mask_prompt: Learn the response only; false: the prompt, too.
         seed: Seed of the split into training and validation records.
     """
@@ -40,11 +40,7 @@ def main(
     path = source or fetch(
         URL, data_dir.resolve().with_name("downloads") / "alpaca_data_cleaned_archive.json"
     )
-    records = read_records(path)
-    if source is None and len(records) != NUM_RECORDS:
-        problem = f"holds {len(records)} records instead of {NUM_RECORDS}"
-        raise UserError(f"{path}: {problem}. Delete it and run this again")
-    prepare(records, path, args)
+    prepare(path, args, Columns(), NUM_RECORDS if source is None else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepare your own JSON, JSONL or CSV for finetuning. Guide: howto/prepare_data.md
+"""Prepare your own records for finetuning. Guide: howto/prepare_data.md
 
 The other prepare scripts are this one with another source and other column names.
 """
@@ -6,20 +6,43 @@ The other prepare scripts are this one with another source and other column name
 import hashlib
 import http.client
 import json
+import random
+import re
+import shutil
+import sys
 import urllib.request
 from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from lit_llama.errors import UserError
 from lit_llama.runtime.cli import run
-from lit_llama.storage.records import Columns, encode_answers, read_records, to_messages
+from lit_llama.storage.records import (
+    Columns,
+    is_records_file,
+    read_records,
+    source_files,
+    to_messages,
+)
+
+if TYPE_CHECKING:
+    from lit_llama.storage.samples import Sample, Span, Text
+    from lit_llama.tokenizer import Tokenizer
 
 FILES = {"train.safetensors", "val.safetensors", "meta.json", "checksums.txt"}
+TURN_KEYS = {"role", "content", "input", "learn"}
+BATCH = 1000  # records that are in memory at once
+SHOWN = 5  # records to name in a remark
+# type code of `array` and safetensors' name of each tensor; the largest types come first, so that
+# all are aligned
+DTYPES = {"offsets": "q I64", "tokens": "i I32", "label_counts": "i I32", "is_label": "B BOOL"}
 
 
 def fetch(url: str, file: Path) -> Path:
@@ -57,102 +80,11 @@ class PrepareArgs:
 
     checkpoint_dir: Path
     data_dir: Path
-    val_size: int
+    val_size: int | None
     max_seq_length: int
     template: str
     mask_prompt: bool
     seed: int
-
-
-class Samples:
-    """Samples as flat arrays of token ids, the form in which they are stored."""
-
-    def __init__(self) -> None:
-        self.tokens = array("i")
-        self.offsets = array("q", [0])
-        self.prompt_lengths = array("i")
-
-    def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    def add(self, ids: list[int], prompt_length: int) -> None:
-        self.tokens.extend(ids)
-        self.offsets.append(len(self.tokens))
-        self.prompt_lengths.append(prompt_length)
-
-
-def prepare(
-    records: list[Any], source: Path, args: PrepareArgs, columns: Columns = Columns()
-) -> dict[str, Any]:
-    """Tokenize records and write `train.safetensors`, `val.safetensors` and `meta.json`.
-
-    A sample is the prompt, the response and the end token. A conversation with several answers
-    gives one sample for each. Samples longer than `max_seq_length` are truncated at the end, and
-    dropped if the prompt leaves no room for a response token. meta.json counts both.
-
-    Returns:
-        Content of meta.json.
-    """
-    if args.val_size >= len(records):
-        problem = f"should be less than the number of records, {len(records)}"
-        raise UserError(f"--val_size {args.val_size}: {problem}")
-    check_data_dir(args.data_dir)
-    # imported after the flags are read, so that --help is fast
-    import torch
-
-    from lit_llama.config import LLaMAConfig
-    from lit_llama.prompts import get_template, stop_ids
-    from lit_llama.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(args.checkpoint_dir)
-    config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)
-    template = get_template(args.template, tokenizer)
-    end_id = stop_ids(template, tokenizer, config.eos_token_id)[0]
-
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(records), generator=generator).tolist()
-    held_out = set(order[: args.val_size])
-    train, val = Samples(), Samples()
-    cut = dropped = 0
-    progress = tqdm(records, desc="tokenizing", unit="records", disable=None)
-    for number, record in enumerate(progress):
-        where = f"{source}, record {number + 1}"
-        messages = to_messages(record, columns, where)
-        samples = val if number in held_out else train
-        for prompt, response in encode_answers(messages, template, tokenizer, end_id, where):
-            ids = (prompt + response)[: args.max_seq_length]
-            # a sample needs a label, and nothing predicts the first token
-            if len(prompt) >= args.max_seq_length or len(ids) < 2:
-                dropped += 1
-                continue
-            cut += len(prompt) + len(response) > args.max_seq_length
-            samples.add(ids, len(prompt) if args.mask_prompt else 0)
-    if not len(train):
-        hint = f"Raise --max_seq_length {args.max_seq_length}"
-        raise UserError(f"{source}: no sample is left to train on. {hint}")
-    meta = dict(
-        source=str(source),
-        sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
-        records=len(records),
-        train_samples=len(train),
-        val_samples=len(val),
-        cut_samples=cut,
-        dropped_samples=dropped,
-        train_tokens=len(train.tokens),
-        tokenizer_sha256=tokenizer.sha256,
-        template=args.template,
-        max_seq_length=args.max_seq_length,
-        mask_prompt=args.mask_prompt,
-        val_size=args.val_size,
-        seed=args.seed,
-    )
-    save(args.data_dir, train, val, meta)
-    print(
-        f"{args.data_dir}: {len(train)} samples to train, {len(val)} to validate; "
-        f"{cut} cut at {args.max_seq_length} tokens, "
-        f"{dropped} dropped for want of room for a response"
-    )
-    return meta
 
 
 def check_data_dir(data_dir: Path) -> None:
@@ -164,54 +96,296 @@ def check_data_dir(data_dir: Path) -> None:
         raise UserError(f"{data_dir}: exists already, and holds {name}. {hint}")
 
 
-def save(data_dir: Path, train: Samples, val: Samples, meta: dict[str, Any]) -> None:
-    """Write a dataset, or replace the one in `data_dir`; storage/datasets.py loads it."""
-    import numpy as np
-    import torch
+def prepare(
+    source: Path,
+    args: PrepareArgs,
+    columns: Columns = Columns(),
+    num_records: int | None = None,
+) -> dict[str, Any]:
+    """Tokenize records and write `train.safetensors`, `val.safetensors` and `meta.json`.
 
-    from lit_llama.storage.files import atomic_write, save_tensors, write_checksums
+    A sample is a conversation: prompts, answers and their end tokens. Samples longer than
+    `max_seq_length` are truncated at the end. Records are streamed: few are in memory at once.
 
-    with atomic_write(data_dir) as folder:
+    Args:
+        num_records: Number of records that a download should have.
+
+    Returns:
+        Content of meta.json.
+    """
+    check_data_dir(args.data_dir)
+    count = sum(1 for _ in read_records(source))
+    if num_records not in (None, count):
+        problem = f"holds {count} records instead of {num_records}"
+        raise UserError(f"{source}: {problem}. Delete it and run this again")
+    val_size = min(2000, count // 10) if args.val_size is None else args.val_size
+    if val_size >= count:
+        problem = f"should be less than the number of records, {count}"
+        raise UserError(f"--val_size {val_size}: {problem}")
+    held_out = set(random.Random(args.seed).sample(range(count), val_size))  # noqa: S311 no secret
+
+    # imported after the flags are read, so that --help is fast; none of these needs torch
+    from lit_llama.storage.files import atomic_write, write_checksums
+    from lit_llama.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(args.checkpoint_dir)
+    name = choose_template(args.template, tokenizer, source, columns)
+    encoder = Encoder(tokenizer, name, args, columns)
+    with atomic_write(args.data_dir) as folder:
         folder.mkdir()
-        for name, samples in (("train", train), ("val", val)):
-            arrays = vars(samples).items()
-            tensors = {key: torch.from_numpy(np.array(values)) for key, values in arrays}
-            save_tensors(tensors, folder / f"{name}.safetensors")
+        train, val = (SampleWriter(folder / f"{part}.safetensors") for part in ("train", "val"))
+        records = tqdm(read_records(source), "tokenizing", count, unit="records", disable=None)
+        for number, ids, spans in encoder.samples(records):
+            (val if number in held_out else train).add(ids, spans)
+        if not train.num_samples:
+            reason = max(encoder.remarks, key=lambda text: encoder.remarks[text][0], default="")
+            raise UserError(f"{source}: no sample is left to train on: {reason or 'all held out'}")
+        train.close()
+        val.close()
+        meta = dict(
+            source=str(source),
+            sha256=[sha256(file) for file in source_files(source)],
+            records=count,
+            train_samples=train.num_samples,
+            val_samples=val.num_samples,
+            cut_samples=encoder.num_cut,
+            dropped_records=count - encoder.num_learned,
+            train_tokens=train.num_tokens,
+            special_ids=sorted(encoder.special_ids),
+            tokenizer_sha256=tokenizer.sha256,
+            template=name,
+            max_seq_length=args.max_seq_length,
+            mask_prompt=args.mask_prompt,
+            val_size=val_size,
+            seed=args.seed,
+        )
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
         write_checksums(folder)
+    sizes = f"{train.num_samples} samples to train, {val.num_samples} to validate"
+    print(f"{args.data_dir}: {sizes}, template {name}")
+    for remark, (number, places) in encoder.remarks.items():
+        shown = ", ".join(place.removeprefix(f"{source}, record ") for place in places)
+        shown += ", ..." if number > SHOWN else ""
+        print(f"{number} of {count} records: {remark} (record {shown})")
+    if unused := sorted(encoder.seen - encoder.used):
+        warn(f"columns that are not used: {', '.join(unused)}. Name others with --columns.*")
+    if val.num_samples > train.num_samples:
+        warn(f"more samples to validate than to train. Lower --val_size {val_size}")
+    return meta
+
+
+def choose_template(name: str, tokenizer: "Tokenizer", source: Path, columns: Columns) -> str:
+    """Return the template that "auto" stands for; other names as they are."""
+    if name != "auto":
+        return name
+    where, record = next(read_records(source))
+    if to_messages(record, columns, where)[0]["role"] == "text":
+        return "none"
+    return "chat" if tokenizer.chat_template else "alpaca"
+
+
+class Encoder:
+    """Make samples of records, and note what should be told about them."""
+
+    def __init__(
+        self, tokenizer: "Tokenizer", template: str, args: PrepareArgs, columns: Columns
+    ) -> None:
+        from lit_llama.config import LLaMAConfig
+        from lit_llama.prompts import get_template, stop_ids
+
+        self.tokenizer, self.args, self.columns = tokenizer, args, columns
+        self.template = get_template(template, tokenizer)
+        self.config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)
+        self.end_id = stop_ids(self.template, tokenizer, self.config.eos_token_id)[0]
+        self.turn_keys = tokenizer.chat_template or "" if template == "chat" else ""
+        self.remarks: dict[str, tuple[int, list[str]]] = {}  # records of each: number, the first
+        self.seen: set[str] = set()  # names of columns
+        self.used: set[str] = set()
+        self.num_learned = self.num_cut = 0
+        self.added_ids = set(tokenizer.added.values())
+        self.special_ids: set[int] = set()  # those that come up
+
+    def remark(self, text: str, where: str) -> None:
+        count, places = self.remarks.get(text, (0, []))
+        self.remarks[text] = (count + 1, [*places, where][:SHOWN])
+
+    def samples(
+        self, records: Iterable[tuple[str, Any]]
+    ) -> "Iterator[tuple[int, list[int], list[Span]]]":
+        """Yield each sample's record, counted from 0, its ids, and its spans to learn."""
+        from lit_llama.storage.samples import encode_samples
+
+        with ThreadPoolExecutor(1) as pool:
+
+            def encode(batch: list) -> "tuple[list, Future[list[Sample]]]":
+                texts = [
+                    (number, where, text)
+                    for number, (where, record) in batch
+                    for text in self.render(record, where)
+                ]
+                return texts, pool.submit(
+                    encode_samples, [text for *_, text in texts], self.tokenizer
+                )
+
+            numbered = enumerate(records)
+            running = encode(list(islice(numbered, BATCH)))
+            last = None
+            while running[0]:
+                # the tokenizer works on the next batch meanwhile
+                texts, encoded = running
+                running = encode(list(islice(numbered, BATCH)))
+                for (number, where, _), sample in zip(texts, encoded.result(), strict=True):
+                    ids, spans = self.cut(*sample, where)
+                    if spans:
+                        self.num_learned += number != last
+                        last = number
+                        yield number, ids, spans
+
+    def render(self, record: Any, where: str) -> "list[Text]":
+        """Return the texts of a record's samples, none if it cannot be learned."""
+        from lit_llama.storage.samples import is_empty, render_samples
+
+        messages = to_messages(record, self.columns, where, self.used)
+        self.seen |= record.keys()
+        for key in {key for turn in messages for key in turn} - TURN_KEYS:
+            self.seen.add(f"messages.{key}")
+            if key in self.turn_keys:  # the template's text names it
+                self.used.add(f"messages.{key}")
+        try:
+            texts = render_samples(messages, self.template, self.tokenizer, self.end_id)
+        except UserError as error:
+            self.remark(f"not learned, {error}", where)
+            return []
+        answers = [turn for turn in messages if turn["role"] == "assistant"]
+        if any(is_empty(turn) and turn.get("learn", True) for turn in answers):
+            self.remark("has an empty answer, which is not learned", where)
+        if len(texts) > 1:
+            reason = "since the template renders earlier turns in another way"
+            self.remark(f"a sample for each answer, {reason}", where)
+        return texts
+
+    def cut(
+        self, ids: list[int], spans: "list[Span]", where: str
+    ) -> "tuple[list[int], list[Span]]":
+        """Truncate a sample. Returns no spans if no answer is left."""
+        limit = self.args.max_seq_length
+        if max(ids) >= self.config.vocab_size:
+            problem = f"has token {max(ids)}, for which the model's embedding has no row"
+            raise UserError(f"{where}: {problem} ({self.config.vocab_size} rows)")
+        # nothing predicts the first token, so it is not a label
+        kept = [(max(a, 1), min(b, limit)) for a, b in spans]
+        kept = [(a, b) for a, b in kept if a < b]
+        if not kept:
+            hint = f"Raise --max_seq_length {limit}"
+            self.remark(f"not learned, its prompt leaves no room for an answer. {hint}", where)
+            return [], []
+        if len(ids) > limit:
+            self.num_cut += 1
+            lost = ", and its last answers not learned" if len(kept) < len(spans) else ""
+            self.remark(f"cut at --max_seq_length {limit} tokens{lost}", where)
+        ids = ids[:limit]
+        self.special_ids |= self.added_ids.intersection(ids)
+        return ids, kept if self.args.mask_prompt else [(1, len(ids))]
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class SampleWriter:
+    """Write samples into a safetensors file, one at a time: none of them stays in memory.
+
+    storage/datasets.py loads it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.parts = {name: file.with_suffix(f".{name}") for name in DTYPES}
+        self.handles = {name: path.open("wb") for name, path in self.parts.items()}
+        self.num_samples = self.num_tokens = 0
+        self._write("offsets", [0])
+
+    def _write(self, name: str, values: list[int]) -> None:
+        array(DTYPES[name][0], values).tofile(self.handles[name])
+
+    def add(self, ids: list[int], spans: list[tuple[int, int]]) -> None:
+        """Add a sample: token ids, and the spans (start, end) of those to learn."""
+        is_label = [0] * len(ids)
+        for start, end in spans:
+            is_label[start:end] = [1] * (end - start)
+        self.num_samples += 1
+        self.num_tokens += len(ids)
+        self._write("offsets", [self.num_tokens])
+        self._write("tokens", ids)
+        self._write("label_counts", [sum(is_label)])
+        self._write("is_label", is_label)
+
+    def close(self) -> None:
+        """Put the tensors together: a header of JSON, then the bytes of each."""
+        lengths = [self.num_samples + 1, self.num_tokens, self.num_samples, self.num_tokens]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for (name, dtype), length in zip(DTYPES.items(), lengths, strict=True):
+            start, end = end, end + length * array(dtype[0]).itemsize
+            entry = dict(dtype=dtype[2:], shape=[length], data_offsets=[start, end])
+            header[name] = entry
+        text = json.dumps(header).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        with self.file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name, path in self.parts.items():
+                self.handles[name].close()
+                with path.open("rb") as part:
+                    shutil.copyfileobj(part, out, 1 << 20)
+                path.unlink()
 
 
 def main(
     source: Path,
     checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
     data_dir: Path = Path("data/mine"),
-    val_size: NonNegativeInt = 100,
+    val_size: NonNegativeInt | None = None,
     max_seq_length: PositiveInt = 512,
-    template: str = "alpaca",
+    template: str = "auto",
     mask_prompt: bool = True,
     seed: int = 42,
     columns: Columns = Columns(),
 ) -> None:
-    """Prepare your own JSON, JSONL or CSV for finetuning. Guide: howto/prepare_data.md
+    """Prepare your own records for finetuning. Guide: howto/prepare_data.md
 
     Example:
         python scripts/prepare_json.py --source my.csv --columns.instruction question
 
     Args:
-        source: .json (array), .jsonl (object per line) or .csv of columns or `messages`.
+        source: JSON, JSONL, CSV or Parquet file, a folder of them, or owner/name of a dataset on
+            the Hugging Face hub.
         checkpoint_dir: Model folder whose tokenizer is used.
         data_dir: Output folder for the tokenized dataset.
-        val_size: Number of records held out for validation.
+        val_size: Number of records held out for validation (default: a tenth, at most 2000).
         max_seq_length: Longest sample in tokens; longer ones are truncated.
-        template: alpaca, chatml, llama3, chat (the model folder's own) or none.
-        mask_prompt: Learn the response only; false: the prompt, too.
+        template: alpaca, chatml, llama3, chat (the model folder's own), none, or auto: chat if the
+            folder has one, else alpaca.
+        mask_prompt: Learn the answers only; false: the prompts, too.
         seed: Seed of the split into training and validation records.
         columns: Names of the columns.
     """
     args = PrepareArgs(
         checkpoint_dir, data_dir, val_size, max_seq_length, template, mask_prompt, seed
     )
-    prepare(read_records(source), source, args, columns)
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(source)) and not is_records_file(source.name)
+    if is_name and not source.exists():
+        from hub import download_dataset
+
+        source = download_dataset(str(source), data_dir.resolve().with_name("downloads"))
+    prepare(source, args, columns)
 
 
 if __name__ == "__main__":

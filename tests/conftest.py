@@ -120,7 +120,7 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "instruction": f"Count to {n}.",
             "input": "from one" if n % 3 else "",
-            "output": " ".join("one two"[: n % 8]),
+            "output": " ".join("one two"[: n % 8] or "x"),
         }
         for n in range(60)
     ]

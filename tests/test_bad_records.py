@@ -29,6 +29,7 @@ SIDES = "--models {}/checkpoint --models {}/lora --source {}/records.json --out_
 FILE = f"{CHECKPOINT} --prompt_file {{}}/a.txt"
 DRAW = "--runs {} --out {}/new.png"
 GOOD = {"instruction": "a", "output": "b"}
+ROLES = ("user", "assistant", "user", "assistant")
 
 
 def records(*values: object) -> Breaks:
@@ -45,17 +46,8 @@ def talk(*turns: object) -> Breaks:
 # what is wrong: (what breaks it, script, flags, what the line says)
 RECORDS = {
     "missing source": (None, ALPACA, PREPARE.replace("records", "none"), r"none.json: .*--source"),
-    "folder for a source": (None, JSON, PREPARE.replace("records.json", "data"), r"data: "),
-    "empty file": (write("records.json", " \n"), JSON, PREPARE, r"records.json, line"),
+    "empty file": (write("records.json", " \n"), JSON, PREPARE, r"records.json: holds no records"),
     "no records": (write("records.json", "[]"), JSON, PREPARE, r"records.json: holds no records"),
-    "an object around the records": (
-        write("records.json", '{"data": []}'),
-        *(JSON, PREPARE, r"records.json: holds no records.*an array"),
-    ),
-    "another kind of file": (
-        write("records.txt", "a"),
-        *(JSON, PREPARE.replace(".json", ".txt"), r"records.txt: holds no records"),
-    ),
     "JSON cut off": (
         write("records.json", '[\n{"a": 1},\n{"a": "b'),
         JSON,
@@ -63,18 +55,37 @@ RECORDS = {
         r"json, line 3",
     ),
     "JSON with a mistake": (write("records.json", '[\n{"a" 1}]'), JSON, PREPARE, r"json, line 2: "),
-    "JSONL called JSON": (write("records.json", "{}\n{}\n"), JSON, PREPARE, r"json, line 2: "),
     "JSONL with a mistake": (
         write("records.jsonl", f'{json.dumps(GOOD)}\n\n{{"a": }}\n'),
         *(JSON, JSONL, r"records.jsonl, line 3: "),
     ),
-    "UTF-16 of a spreadsheet": (
-        write("records.csv", "instruction,output\r\na,b\r\n".encode("utf-16")),
-        *(JSON, CSV, r"records.csv: not UTF-8"),
+    "an object around the records": (
+        write("records.json", '{"data": [{"instruction": "a", "output": "b"}]}'),
+        *(JSON, f"{PREPARE.rpartition(' ')[0]} 0", r"record 1: the records are in a list 'data'"),
+    ),
+    "another kind of file": (
+        write("records.txt", "a"),
+        *(JSON, PREPARE.replace(".json", ".txt"), r"records.txt, line 1: malformed"),
+    ),
+    "a pointer of Git LFS": (
+        write("records.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        *(JSON, PREPARE, r"records.json: a pointer of Git LFS.*git lfs pull"),
+    ),
+    "a folder without records": (
+        None,
+        *(JSON, PREPARE.replace("records.json", "checkpoint"), r"config.json, record 1: no column"),
     ),
     "Latin-1": (
         write("records.csv", "instruction,output\nä,b\n".encode("latin-1")),
-        *(JSON, CSV, r"records.csv: not UTF-8 \(byte 19\)"),
+        *(JSON, CSV, r"records.csv: not UTF-8"),
+    ),
+    "two columns of one name": (
+        write("records.csv", "instruction,output,output\na,b,c\n"),
+        *(JSON, CSV, r"records.csv, line 1: .*two columns are called 'output'"),
+    ),
+    "Parquet cut off": (
+        write("records.parquet", b"PAR1 and then nothing"),
+        *(JSON, PREPARE.replace("records.json", "records.parquet"), r"records.parquet: malformed"),
     ),
     "a comma too many": (
         write("records.csv", "instruction,output\na,b\nc,d, e\n"),
@@ -87,10 +98,6 @@ RECORDS = {
     "a quote that does not end": (
         write("records.csv", 'instruction,output\na,"b\nc,d\n'),
         *(JSON, CSV, r"records.csv, line 2: malformed"),
-    ),
-    "semicolons in a CSV": (
-        write("records.csv", "instruction;output\na;b\n"),
-        *(JSON, f"{CSV} --val_size 0", r"record 1: no column 'instruction', .*instruction;output"),
     ),
     "a missing column": (
         records({"instruction": "a", "answer": "b"}, {}, {}),
@@ -110,12 +117,6 @@ RECORDS = {
         records(*[{"instruction": "a", "context": "", "response": "b"}] * 3),
         *(ALPACA, PREPARE, r"record 1: no column 'output'"),
     ),
-    "null for an answer": (
-        records(GOOD, GOOD | {"output": None}, GOOD),
-        JSON,
-        PREPARE,
-        r"record 2: ",
-    ),
     "a number for an answer": (
         records(GOOD | {"output": 3}, GOOD, GOOD),
         JSON,
@@ -126,39 +127,52 @@ RECORDS = {
         records(GOOD, "a", GOOD),
         JSON,
         PREPARE,
-        r"record 2: should be an object",
+        r'2: is "a", expected an object',
     ),
-    "no messages": (talk(), JSON, PREPARE, r"record 2: `messages`"),
-    "messages in text": (records(GOOD, {"messages": "a"}, GOOD), JSON, PREPARE, r"2: `messages`"),
+    "no messages": (talk(), JSON, PREPARE, r"record 2: messages is \[\], expected a list of turns"),
+    "messages in text": (
+        records(GOOD, {"messages": "a"}, GOOD),
+        *(JSON, PREPARE, r'record 2: messages is "a", expected a list'),
+    ),
     "messages in an object": (
         records(GOOD, {"messages": {}}, GOOD),
-        JSON,
-        PREPARE,
-        r"2: `messages`",
+        *(JSON, PREPARE, r"record 2: messages is {}, expected a list"),
     ),
-    "a message in text": (talk("a"), JSON, PREPARE, r"record 2: `messages` should be a list"),
-    "no assistant": (talk(("user", "a")), JSON, PREPARE, r"record 2: `messages` .*assistant"),
-    "the assistant first": (
-        talk(("assistant", "a")),
-        JSON,
-        PREPARE,
-        r"record 2: `messages` .*assist",
+    "a message in text": (
+        talk("a"),
+        *(JSON, PREPARE, r'2: messages\[0\] is "a", expected an object with role and content'),
     ),
-    "ShareGPT's roles": (
-        talk(("human", "a"), ("gpt", "b")),
-        JSON,
-        PREPARE,
-        r"2: the roles are.*human",
+    "a role that nobody has": (
+        talk(("user", "a"), ("llama", "b")),
+        *(JSON, PREPARE, r'messages\[1\].role is "llama", expected system, user'),
     ),
-    "no role": (talk({"content": "a"}, ("assistant", "c")), JSON, PREPARE, r"2: the roles are"),
-    "no content": (talk({"role": "user"}, ("assistant", "a")), JSON, PREPARE, r"2: .*be text"),
-    "content of parts": (
-        talk(("user", [{"type": "text", "text": "a"}]), ("assistant", "a")),
-        *(JSON, PREPARE, r"record 2: .*should be text"),
+    "no role": (
+        talk({"content": "a"}, ("assistant", "c")),
+        *(JSON, PREPARE, r"2: messages\[0\] is .*--columns.role"),
     ),
-    "a conversation for Alpaca's template": (
-        talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
-        *(JSON, PREPARE, r"record 2: template 'alpaca'.*chatml"),
+    "no content": (
+        talk({"role": "user"}, ("assistant", "a")),
+        *(JSON, PREPARE, r"2: messages\[0\] is .*--columns.content"),
+    ),
+    "a picture in a message": (
+        talk(("user", [{"type": "image_url", "image_url": "a"}]), ("assistant", "a")),
+        *(JSON, PREPARE, r"messages\[0\].content is \[.*expected text"),
+    ),
+    "half a weight": (
+        talk(("user", "a"), {"role": "assistant", "content": "b", "weight": 0.5}),
+        *(JSON, PREPARE, r"messages\[1\].weight is 0.5, expected 0, 1, true or false"),
+    ),
+    "history of texts": (
+        records(GOOD, GOOD | {"history": ["a", "b"]}, GOOD),
+        *(JSON, PREPARE, r'history\[0\] is "a", expected a pair'),
+    ),
+    "conversations for Alpaca's template": (
+        records(*[{"messages": [dict(role=role, content="a") for role in ROLES]}] * 3),
+        *(JSON, f"{PREPARE} --template alpaca", r"no sample is left.*Use chatml or chat"),
+    ),
+    "no answers": (
+        records(*[{"messages": [{"role": "user", "content": "a"}]}] * 3),
+        *(JSON, PREPARE, r"no sample is left to train on: .*there is no answer to learn"),
     ),
     "half of an emoji": (
         records(GOOD, GOOD | {"output": "\ud83d"}, GOOD),
@@ -188,9 +202,9 @@ RECORDS = {
 OTHERS = {
     "records to score": (
         write("records.json", "[{}"),
-        *(PERPLEXITY, f"{CHECKPOINT} --source {{}}/records.json", r"records.json, line 1: "),
+        *(PERPLEXITY, f"{CHECKPOINT} --source {{}}/records.json", r"record 1: no column"),
     ),
-    "records to compare": (write("records.json", "[{}"), COMPARE, SIDES, r"records.json, line 1: "),
+    "records to compare": (write("records.json", "[{"), COMPARE, SIDES, r"records.json, line 1: "),
     "UTF-16 to score": (
         write("book.txt", "a book".encode("utf-16")),
         *(PERPLEXITY, f"{CHECKPOINT} --source {{}}/book.txt", r"book.txt: not UTF-8"),
@@ -235,6 +249,14 @@ ODD = {
     "JSON in CRLF": ("a.json", json.dumps(ROWS, indent=1).replace("\n", "\r\n")),
     "JSONL in CRLF": ("a.jsonl", "\r\n".join(map(json.dumps, ROWS))),
     "CSV of Windows": ("a.csv", "\ufeff" + "\r\n".join(LINES)),
+    "CSV of a German Excel": ("a.csv", "\r\n".join(LINES).replace(",", ";")),
+    "CSV with a space in the header": ("a.csv", "\n".join(LINES).replace("n,i", "n , i")),
+    "TSV": ("a.tsv", "\n".join(LINES).replace(",", "\t")),
+    "JSON in lines": ("a.json", "\n".join(map(json.dumps, ROWS))),
+    "JSON in indented objects": ("a.jsonl", "\n".join(json.dumps(r, indent=1) for r in ROWS)),
+    "an array in a JSONL": ("a.jsonl", json.dumps(ROWS)),
+    "capitals": ("a.JSONL", json.dumps(ROWS)),
+    "NaN of pandas": ("a.json", json.dumps(ROWS).replace('"input": ""', '"input": NaN')),
     "CSV of pandas": ("a.csv", "\n".join(f"{n or ''},{row}" for n, row in enumerate(LINES))),
     "CSV of a spreadsheet": ("a.csv", "\n".join(f"{row},," for row in LINES)),
     "a long field": (
@@ -252,7 +274,7 @@ def test_odd_but_good_files_give_the_same_samples(
     (place / name).write_text(text, "utf-8", newline="")
     for source, data_dir in (("plain.json", "plain"), (name, "odd")):
         flags = [f"--source={place / source}", f"--data_dir={place / data_dir}", "--val_size=1"]
-        flags.append(f"--checkpoint_dir={place / 'checkpoint'}")
+        flags += [f"--checkpoint_dir={place / 'checkpoint'}", "--template=alpaca"]
         monkeypatch.setattr(sys, "argv", [JSON, *flags])
         run(load_script(JSON).main)
     for file in ("train.safetensors", "val.safetensors"):

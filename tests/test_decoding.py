@@ -120,12 +120,15 @@ def test_fast_paths_false_leaves_the_plain_modules(tiny_checkpoint: Path, monkey
 
 @torch.inference_mode()
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_step_gives_the_plain_tokens(tmp_path: Path) -> None:
-    make_hf_model(num_key_value_heads=2, num_hidden_layers=2).save_pretrained(tmp_path)
-    model = load_model(tmp_path, dtype=torch.float32)
-    expected = generate(model, PROMPTS[:2], 6, temperature=0)
-    optimize_for_inference(model, CPU, compile=True)
-    assert all(map(torch.equal, generate(model, PROMPTS[:2], 6, temperature=0), expected))
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_compiled_step_gives_the_plain_tokens(tmp_path: Path, quantize: str | None) -> None:
+    sizes = dict(num_key_value_heads=2, num_hidden_layers=1)
+    make_hf_model(**sizes, intermediate_size=72).save_pretrained(tmp_path)
+    plain, compiled = (load_model(tmp_path, dtype=torch.float32) for _ in range(2))
+    optimize_for_inference(plain, CPU, quantize, fast_paths=False)
+    optimize_for_inference(compiled, CPU, quantize, compile=True)
+    expected, actual = (generate(m, PROMPTS[:2], 6, temperature=0) for m in (plain, compiled))
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton compiles")

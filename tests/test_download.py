@@ -305,8 +305,24 @@ def test_a_hub_without_tls_is_refused_unless_it_is_here(tmp_path: Path, download
             ],
             ["adapter_config.json", "adapter_model.safetensors", "adapter/adapter_config.json"],
         ),
+        (
+            ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"],
+            ["adapter_config.json", "adapter_model.safetensors"],
+        ),
+        (
+            [
+                *("README.md", "adapter_config.json", "adapter_model.bin", "added_tokens.json"),
+                *("chat_template.jinja", "special_tokens_map.json", "tokenizer.model"),
+                *("tokenizer_config.json", "training_args.bin"),
+            ],
+            [
+                *("adapter_config.json", "added_tokens.json", "chat_template.jinja"),
+                *("special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"),
+                "adapter_model.bin",
+            ],
+        ),
     ],
-    ids=["one format", "shards", "bin", "LoRA"],
+    ids=["one format", "shards", "bin", "LoRA", "LoRA in two formats", "LoRA of old PEFT"],
 )
 def test_files_needed(names: list[str], expected: list[str]) -> None:
     assert files_needed(names) == expected

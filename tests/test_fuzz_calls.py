@@ -16,13 +16,14 @@ from lit_llama.prompts import encode_prompt, get_template, stop_ids
 from lit_llama.runtime.cli import parse
 from lit_llama.runtime.loggers import METRICS
 from lit_llama.runtime.plots import read_metrics
-from lit_llama.storage.records import Columns, encode_answers, read_conversations
+from lit_llama.storage.records import Columns, read_conversations
+from lit_llama.storage.samples import encode_answers
 
 Target = tuple[Callable[[Random], object], Callable[[], object]]
 
 RECORDS = [
     {"instruction": f"Count to {n}.", "input": "from one" * (n % 2), "output": "one two " * n}
-    for n in range(4)
+    for n in range(1, 5)
 ]
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -78,7 +78,8 @@ def hugging_face(folder: Path) -> LlamaForCausalLM:
 def prepared_samples(folder: Path, name: str) -> list[tuple[Tensor, int]]:
     tensors = load_file(folder / f"{name}.safetensors")
     parts = tensors["tokens"].split(tensors["offsets"].diff().tolist())
-    return list(zip(parts, tensors["prompt_lengths"].tolist(), strict=True))
+    firsts = (tensors["offsets"].diff() - tensors["label_counts"]).tolist()
+    return list(zip(parts, firsts, strict=True))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(64, 32), (64, 63), (100, 7), (512, 256)])

@@ -4,16 +4,21 @@ import csv
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script, save_checkpoint_folder
+from conftest import ROOT, load_script, save_checkpoint_folder
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from transformers import LlamaForCausalLM
 
-from lit_llama import Tokenizer, UserError
+from lit_llama import Tokenizer, UserError, load_model
 from lit_llama.data import TokenizedDataset, pack_micro_batches, sample_indices, split_across_ranks
-from lit_llama.prompts import TEMPLATES
+from lit_llama.prompts import TEMPLATES, encode_prompt
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.files import read_tensors
 
@@ -84,11 +89,14 @@ def test_long_samples_are_cut_and_hopeless_ones_dropped(
     meta = json.loads((out / "meta.json").read_text())
     lengths = read(out / "train.safetensors").lengths
     assert max(lengths) == 256
-    assert meta["dropped_samples"] == 1
+    assert meta["dropped_records"] == 1
     assert meta["cut_samples"] >= lengths.count(256) - 1 > 0
     assert meta["train_samples"] == len(lengths) == 20
     assert meta["train_tokens"] == sum(lengths)
-    assert f"{meta['cut_samples']} cut at 256 tokens, 1 dropped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{meta['cut_samples']} of 21 records: cut at --max_seq_length 256 tokens (re" in out
+    assert "1 of 21 records: not learned, its prompt leaves no room for an answer" in out
+    assert "Raise --max_seq_length 256 (record 21)" in out
 
 
 def test_split_follows_the_seed_and_loses_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -134,7 +142,7 @@ def test_json_jsonl_and_csv_with_named_columns_are_the_same(
     assert results[0] == results[1] == results[2]
 
 
-def test_each_answer_of_a_conversation_is_a_sample(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_conversation_is_one_sample(tmp_path: Path, tiny_checkpoint: Path) -> None:
     turns = [
         ("system", "Be kind."),
         ("user", "Hello"),
@@ -146,16 +154,52 @@ def test_each_answer_of_a_conversation_is_a_sample(tmp_path: Path, tiny_checkpoi
     source = write(tmp_path / "s.json", [record])
     prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
     tokenizer = Tokenizer(tiny_checkpoint)
-    decoded = [
-        (tokenizer.decode(tokens), tokenizer.decode(labels), labels[-1])
-        for tokens, labels in samples(tmp_path / "out/train.safetensors")
-    ]
+    ((tokens, labels),) = samples(tmp_path / "out/train.safetensors")
+    text = "system\nBe kind.\nuser\nHello\nassistant\nHi!\nuser\nBye\nassistant\nSee you!"
+    assert tokenizer.decode(tokens) == text
     end = tokenizer.specials["<|im_end|>"]
-    first = "system\nBe kind.\nuser\nHello\nassistant\nHi!"
-    assert decoded == [
-        (first, "Hi!", end),
-        (f"{first}\nuser\nBye\nassistant\nSee you!", "See you!", end),
-    ]
+    answers = [tokenizer.encode(answer, bos=False) for answer in ("Hi!", "See you!")]
+    assert labels == [*answers[0], end, *answers[1], end]
+
+
+def old_samples(messages: list, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    """One sample for each answer, as version 1.4.0 made them: ids, tokens of the prompt."""
+    found = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = encode_prompt(TEMPLATES["chatml"], tokenizer, messages[:turn])
+            answer = tokenizer.encode(message["content"], bos=False)
+            found.append(([*prompt, *answer, tokenizer.specials["<|im_end|>"]], len(prompt)))
+    return found
+
+
+def test_ten_answers_in_one_sample_have_the_loss_of_ten_samples(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    words = ["the lazy dog", "a quick fox", "jumps over", "and then the other one"]
+    messages = []
+    for n in range(10):
+        messages.append({"role": "user", "content": f"{words[n % 4]} {n}?"})
+        messages.append({"role": "assistant", "content": f"{words[n % 3]}, {n * n} times."})
+    source = write(tmp_path / "s.json", [{"messages": messages}])
+    flags = dict(val_size=0, template="chatml", max_seq_length=512)
+    prepare_json.main(source, tiny_checkpoint, tmp_path / "out", **flags)
+    data = read(tmp_path / "out/train.safetensors")
+    assert len(data) == 1
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
+    loss = float(model(**data.micro_batch([0], torch.device("cpu"))))
+    theirs = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    expected, labels, tokens = 0.0, 0, 0
+    for ids, prompt_length in old_samples(messages, Tokenizer(tiny_checkpoint)):
+        batch = torch.tensor([ids])
+        targets = batch.clone()
+        targets[:, :prompt_length] = -100
+        count = len(ids) - prompt_length
+        expected += float(theirs(batch, labels=targets).loss) * count
+        labels, tokens = labels + count, tokens + len(ids)
+    assert data.label_counts == [labels]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert data.lengths[0] <= tokens / 4
 
 
 def test_dolly_has_its_own_field_names(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -218,11 +262,19 @@ def test_alpaca_is_downloaded_once_and_counted(
         script.main(checkpoint_dir=tiny_checkpoint, data_dir=tmp_path / "third", val_size=4)
 
 
-def test_alpacas_default_is_2000_validation_records(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    source = write(tmp_path / "s.json", RECORDS * 101)
-    load_script("scripts/prepare_alpaca.py").main(source, tiny_checkpoint, tmp_path / "out")
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["train_samples"], meta["val_samples"]) == (20, 2000)
+@pytest.mark.parametrize("script", ["prepare_alpaca", "prepare_json"])
+def test_a_tenth_is_held_out_and_at_most_2000(
+    tmp_path: Path, tiny_checkpoint: Path, capsys, script: str
+) -> None:
+    main = load_script(f"scripts/{script}.py").main
+    for count, expected in ((9, 0), (25, 2), (21_000, 2000)):
+        records = [{"instruction": "a", "output": "b"}] * count
+        main(write(tmp_path / "s.json", records), tiny_checkpoint, tmp_path / "out")
+        meta = json.loads((tmp_path / "out/meta.json").read_text())
+        assert (meta["train_samples"], meta["val_samples"]) == (count - expected, expected)
+    assert capsys.readouterr().err == ""
+    main(write(tmp_path / "s.json", RECORDS), tiny_checkpoint, tmp_path / "out", val_size=15)
+    assert "warning: more samples to validate than to train" in capsys.readouterr().err
 
 
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, server) -> None:
@@ -263,7 +315,8 @@ def test_epochs_are_permutations_and_steps_cut_them() -> None:
 def test_ranks_get_equally_many_micro_batches() -> None:
     parts = [split_across_ranks([[1], [2], [3], [4]], rank, 3) for rank in range(3)]
     assert parts == [[[1], [4]], [[2], []], [[3], []]]
-    tensors = dict(tokens=torch.zeros(0), offsets=torch.zeros(1), prompt_lengths=torch.zeros(0))
+    tensors = dict(tokens=torch.zeros(0), is_label=torch.zeros(0), label_counts=torch.zeros(0))
+    tensors["offsets"] = torch.zeros(1)
     batch = TokenizedDataset(tensors).micro_batch([], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [0]
     assert batch["lengths"] == [1]
@@ -306,30 +359,27 @@ def test_unusable_datasets_are_one_line(tmp_path: Path, tiny_checkpoint: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "", r"a.json, line 1: malformed"),
+        ("a.json", "", r"holds no records"),
         ("a.json", '[{"a": 1},\n{"b" 2}]', r"a.json, line 2: malformed"),
-        ("a.json", '{"a": 1}', r"holds no records"),
-        ("a.jsonl", '{"a": 1}\n\n{"a"\n', r"a.jsonl, line 3: malformed"),
+        ("a.json", '[{"a": 1},\n', r"a.json, line 2: malformed"),
+        ("a.jsonl", '{"a": 1}\n\n{"a"\n', r"a.jsonl, line 4: malformed"),
         ("a.jsonl", "\n", r"holds no records"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv, line 3: .*Quote fields with a comma"),
         ("a.csv", "a,b\n1\n", r"a.csv, line 2: .*Quote fields with a comma"),
         ("a.csv", 'a,b\n1,2\n"1,2\n', r"a.csv, line 3: malformed"),
-        ("a.txt", "a", r"Pass a .json"),
+        ("a.txt", "a", r"a.txt, line 1: malformed"),
     ],
 )
 def test_malformed_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        prepare_json.read_records(tmp_path / name)
+        list(prepare_json.read_records(tmp_path / name))
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("instruction,output\nf\u00fcnf,5\n", "latin-1")
-    with pytest.raises(UserError, match=r"a.csv: not UTF-8 \(byte 20\)"):
-        prepare_json.read_records(tmp_path / "a.csv")
-
-
-CALL = {"role": "assistant", "content": None}
+    with pytest.raises(UserError, match=r"a.csv: not UTF-8"):
+        list(prepare_json.read_records(tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize(
@@ -340,13 +390,9 @@ CALL = {"role": "assistant", "content": None}
             r"s.json, record 1: no column 'instruction', found: question",
         ),
         ({"instruction": "a"}, r"no column 'output'"),
-        ({"instruction": "a", "output": 3}, r"should be text"),
-        ("a", r"holds no records"),
-        ({"messages": [{"role": "human", "content": "a"}]}, r"not \['human'\]"),
-        ({"messages": [{"role": "user", "content": "a"}]}, r"answer to something"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, r"answer to something"),
-        ({"messages": [{"role": "user", "content": "a"}, CALL]}, r"should be text"),
-        ({"instruction": "half a \ud83d", "output": "b"}, r"record 1: .*surrogates not allowed"),
+        ({"instruction": "a", "output": 3}, r"record 1: output is 3, expected text"),
+        ("a", r"record 1: is \"a\", expected an object"),
+        ({"instruction": "half a \ud83d", "output": "b"}, r"instruction is .*valid Unicode"),
     ],
 )
 def test_records_with_mistakes(tmp_path: Path, tiny_checkpoint: Path, record, message: str) -> None:
@@ -370,22 +416,94 @@ def test_only_line_ends_end_a_row_of_a_csv(tmp_path: Path) -> None:
     file.write_text(
         'instruction,output\nfirst,one\u2028still\x0bone\r\n"se\ncond",two\n', "utf-8", newline=""
     )
-    assert prepare_json.read_records(file) == [
+    assert [record for _, record in prepare_json.read_records(file)] == [
         {"instruction": "first", "output": "one\u2028still\x0bone"},
         {"instruction": "se\ncond", "output": "two"},
     ]
 
 
-def test_keys_of_other_programs_in_messages_are_left_out(
-    tmp_path: Path, tiny_checkpoint: Path
-) -> None:
+def test_what_is_not_used_is_named_once(tmp_path: Path, tiny_checkpoint: Path, capsys) -> None:
     turns = [
-        {"role": "user", "content": "hi", "name": None},
+        {"role": "user", "content": "hi", "name": None, "speaker": "Bo"},
         {"role": "assistant", "content": "yo", "weight": 1},
     ]
-    source = write(tmp_path / "s.json", [{"messages": turns, "id": 3}])
+    source = write(tmp_path / "s.json", [{"messages": turns, "id": n} for n in range(3)])
     prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
-    assert len(read(tmp_path / "out/train.safetensors")) == 1
+    error = capsys.readouterr().err
+    assert error.count("warning: columns that are not used: id, messages.speaker.") == 1
+    assert error.count("warning") == 1
+    assert len(read(tmp_path / "out/train.safetensors")) == 3
+
+
+def test_what_cannot_be_learned_is_counted_with_its_reason(
+    tmp_path: Path, tiny_checkpoint: Path, capsys
+) -> None:
+    question = {"role": "user", "content": "a"}
+    talk = [question, {"role": "assistant", "content": "b"}]
+    records = [
+        *({"messages": turns} for turns in (talk, [question], talk)),
+        {"instruction": "a", "output": None},
+        {"instruction": "a", "output": " "},
+        {"messages": [*talk, question, {"role": "assistant", "content": ""}]},
+    ]
+    source = write(tmp_path / "s.json", records)
+    prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
+    out = capsys.readouterr().out
+    assert "out: 3 samples to train, 0 to validate, template chatml" in out
+    assert "1 of 6 records: not learned, there is no answer to learn (record 2)" in out
+    assert "2 of 6 records: not learned, the answer is empty (record 4, 5)" in out
+    assert "1 of 6 records: has an empty answer, which is not learned (record 6)" in out
+    assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_records"] == 3
+
+
+@pytest.mark.parametrize(
+    ("records", "has_template", "expected"),
+    [
+        (RECORDS, True, "chat"),
+        (RECORDS, False, "alpaca"),
+        ([{"text": "the quick fox"}], True, "none"),
+    ],
+)
+def test_the_template_follows_from_the_model(
+    tmp_path: Path, records: list, has_template: bool, expected: str
+) -> None:
+    save_checkpoint_folder(tmp_path / "model")
+    if has_template:
+        jinja = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+        (tmp_path / "model/chat_template.jinja").write_text(jinja)
+    source = write(tmp_path / "s.json", records)
+    prepare_json.main(source, tmp_path / "model", tmp_path / "out")
+    assert json.loads((tmp_path / "out/meta.json").read_text())["template"] == expected
+
+
+def test_tokens_behind_the_embedding_are_refused_where_they_come_up(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    save_checkpoint_folder(tmp_path / "model", vocab_size=300)
+    backend = Backend.from_file(str(tmp_path / "model/tokenizer.json"))
+    backend.add_special_tokens(["<extra>"])
+    backend.save(str(tmp_path / "model/tokenizer.json"))
+    source = write(tmp_path / "s.json", RECORDS)
+    prepare_json.main(source, tmp_path / "model", tmp_path / "out")
+    load_dataset(tmp_path / "out", tmp_path / "model")
+    write(tmp_path / "s.json", [{"text": "one"}, {"text": "one <extra>"}])
+    with pytest.raises(UserError, match=r"record 2: has token 300, .*no row \(300 rows\)"):
+        prepare_json.main(source, tmp_path / "model", tmp_path / "out")
+
+
+def test_tokens_that_were_never_trained_are_told(tmp_path: Path, capsys) -> None:
+    model = save_checkpoint_folder(tmp_path / "model")
+    source = write(tmp_path / "s.json", RECORDS)
+    for name in ("good", "bad"):
+        if name == "bad":
+            model.model.embed_tokens.weight.data[3:5] = 0
+            model.save_pretrained(tmp_path / "model")
+        flags = dict(data_dir=tmp_path / name, template="chatml")
+        prepare_json.main(source, tmp_path / "model", **flags)
+        capsys.readouterr()
+        load_dataset(tmp_path / name, tmp_path / "model")
+        error = capsys.readouterr().err
+        assert error.count("never trained on <|im_start|>, <|im_end|>") == (name == "bad")
 
 
 def test_a_linked_folder_stays_linked(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -400,14 +518,35 @@ def test_a_linked_folder_stays_linked(tmp_path: Path, tiny_checkpoint: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big disk", "link", "s.json"]
 
 
-def test_samples_with_nothing_to_learn_are_dropped(tmp_path: Path) -> None:
-    save_checkpoint_folder(tmp_path / "model")
-    (tmp_path / "model/tokenizer_config.json").write_text(
-        '{"eos_token": "</s>", "add_bos_token": false}'
+def test_datasets_of_version_1_4_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    data = write_dataset(tmp_path, tiny_checkpoint)
+    for name in ("train", "val"):
+        tensors = load_file(data / f"{name}.safetensors")
+        del tensors["is_label"]
+        save_file(tensors, data / f"{name}.safetensors")
+    (data / "checksums.txt").unlink()
+    with pytest.raises(UserError, match=r"by an earlier version. Prepare it again"):
+        load_dataset(data, tiny_checkpoint)
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    code = (
+        "import re, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "peak = re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]\n"
+        "print(peak, 'torch' in sys.modules)"
     )
-    source = write(
-        tmp_path / "s.json", [{"instruction": "", "output": ""}, {"instruction": "", "output": "a"}]
-    )
-    prepare_json.main(source, tmp_path / "model", tmp_path / "out", val_size=0, template="none")
-    assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_samples"] == 1
-    assert read(tmp_path / "out/train.safetensors").label_counts == [1]
+    peaks = []
+    for count in (3000, 60_000):
+        file = tmp_path / f"{count}.jsonl"
+        line = json.dumps({"instruction": "Count.", "output": "one two three " * 9, "n": "x" * 300})
+        file.write_text(f"{line}\n" * count)
+        command = [sys.executable, "-c", code, str(ROOT / "scripts/prepare_json.py"), "--source"]
+        command += [str(file), "--checkpoint_dir", str(tiny_checkpoint)]
+        command += ["--data_dir", str(tmp_path / f"data-{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, has_torch = done.stdout.split()[-2:]
+        assert has_torch == "False"  # which takes longer to import than many a file to prepare
+        peaks.append(int(peak) * 1024)
+    assert peaks[1] < peaks[0] + 8e6  # the larger file has 28 MB

@@ -108,9 +108,6 @@ def test_folders_without_a_usable_tokenizer_are_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"no tokenizer.json and no tokenizer.model there"):
         Tokenizer(tmp_path)
     save_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"vocab_size": 299}')
-    with pytest.raises(UserError, match=r"300 tokens for an embedding of 299"):
-        Tokenizer(tmp_path)
     content = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer"):
@@ -158,7 +155,10 @@ def test_added_tokens_beside_tokenizer_model_are_special(
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 1001, 1002)
     ids = tokenizer.encode("<|im_start|>user", bos=False, special=True)
-    assert ids == [1000, *tokenizer.encode("user", bos=False)]
+    # no space after a special token, unless `legacy` is set
+    backend = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    assert ids[0] == 1000
+    assert "".join(backend.id_to_piece(ids[1:])) == "user"
     assert tokenizer.decode([*ids, 1001]) == "user"
     assert 1000 not in tokenizer.encode("<|im_start|>user")
 

@@ -1,0 +1,265 @@
+"""From conversations to samples: token ids, and which of them are learned.
+
+A conversation is one sample with a learned span for each answer, if the template renders its first
+turns as the beginning of the whole. If it does not, since it drops the thinking of earlier turns,
+say, each answer is a sample of its own.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+from lit_llama.errors import UserError
+from lit_llama.prompts import Messages, Template, protect
+from lit_llama.tokenizer import Tokenizer
+
+Span = tuple[int, int]
+
+
+class Sample(NamedTuple):
+    """Token ids, and the spans (start, end) of those that are learned."""
+
+    ids: list[int]
+    spans: list[Span]
+
+
+@dataclass
+class Text:
+    """The text of a sample, and the spans of its characters that are learned.
+
+    Args:
+        joined: Encode the text as a whole, as `transformers` does; false: each span on its own.
+        end_id: Token to append, which is learned, too.
+        bos: Prepend BOS; None: as the model was trained.
+        split: It is one of several samples of a conversation.
+    """
+
+    text: str
+    spans: list[Span]
+    joined: bool = True
+    end_id: int | None = None
+    bos: bool | None = None
+    split: bool = False
+
+
+def render_samples(
+    messages: Messages, template: Template, tokenizer: Tokenizer, end_id: int
+) -> list[Text]:
+    """Render a conversation into the texts of its samples; turns with `learn: False` are prompts.
+
+    Raises UserError if there is no answer to learn, or if the template cannot render one.
+    """
+    if messages[0]["role"] == "text":  # special tokens in a plain text are what they seem
+        text = messages[0]["content"]
+        for token, index in tokenizer.added.items():
+            text = text.removesuffix(token) if index == tokenizer.eos_id else text
+        if not text.strip():
+            raise UserError("the text is empty")
+        return [Text(text, [(0, len(text))], end_id=end_id)]
+
+    turns = learned_turns(messages)
+    messages = protect(messages, tokenizer)
+    if not template.multi_turn:
+        prompt, answer = template.render(messages[: turns[-1]]), messages[turns[-1]]["content"]
+        span = (len(prompt), len(prompt + answer))
+        return [Text(prompt + answer, [span], joined=False, end_id=end_id, bos=template.bos)]
+
+    texts = [_render_answer(messages, turn, template, end_id) for turn in turns]
+    last = texts[-1]
+    if all(t.joined and t.end_id is None and last.text.startswith(t.text) for t in texts):
+        last.spans = [span for text in texts for span in text.spans]
+        return [last]
+    for text in texts:
+        text.split = len(texts) > 1
+    return texts
+
+
+def learned_turns(messages: Messages) -> list[int]:
+    """Return the turns that are answers to learn. Raises UserError if there are none."""
+    answers = [n for n, turn in enumerate(messages) if turn["role"] == "assistant"]
+    answers = [n for n in answers if messages[n].get("learn", True)]
+    if not answers:
+        raise UserError("there is no answer to learn")
+    filled = [n for n in answers if not is_empty(messages[n])]
+    if not filled:
+        raise UserError("the answer is empty")
+    return filled
+
+
+def is_empty(turn: dict[str, Any]) -> bool:
+    """Check for a turn that says and calls nothing."""
+    return not turn["content"].strip() and "tool_calls" not in turn
+
+
+def _render_answer(messages: Messages, turn: int, template: Template, end_id: int) -> Text:
+    """Render a conversation up to the answer at `turn`, which alone is learned."""
+    prompt = template.render(messages[:turn])
+    text = template.render(messages[: turn + 1], add_generation_prompt=False)
+    content = messages[turn]["content"]
+    joined = text.startswith(prompt)
+    if "</think>" in content and "</think>" not in text[_shared(prompt, text) :]:
+        # the template drops thinking even from the last turn, where it is what should be learned
+        joined = False
+        answer = _after_opening(_frame(template).extra, content) + _frame(template).suffix
+    elif joined:
+        answer = text[len(prompt) :]
+    else:
+        answer = _continuation(template, prompt, text)
+    if template.end is not None and template.end in answer:
+        answer, end_id = answer[: answer.index(template.end) + len(template.end)], None
+    elif template.end is None:
+        answer = answer.rstrip("\n")
+    span = (len(prompt), len(prompt + answer))
+    return Text(prompt + answer, [span], joined, end_id, template.bos)
+
+
+class _Frame(NamedTuple):
+    """What a template puts around an answer."""
+
+    header: str  # before it, in a rendered conversation
+    opening: str  # before it, in a prompt
+    suffix: str  # after it
+
+    @property
+    def extra(self) -> str:
+        """Return the end of a prompt that a rendered answer does not begin with."""
+        return self.opening[_shared(self.header, self.opening) :]
+
+
+def _shared(a: str, b: str) -> int:
+    """Return the number of characters that two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+@lru_cache
+def _frame(template: Template) -> _Frame:
+    question, answer = {"role": "user", "content": "hi"}, "A-n-s-w-e-r"
+    asked = template.render([question], add_generation_prompt=False)
+    turns = [question, {"role": "assistant", "content": answer}]
+    text = template.render(turns, add_generation_prompt=False)
+    header, _, suffix = text.removeprefix(asked).partition(answer)
+    return _Frame(header, template.render([question]).removeprefix(asked), suffix)
+
+
+def _continuation(template: Template, prompt: str, text: str) -> str:
+    """Return how an answer continues a prompt that its rendered text does not begin with."""
+    header, opening, _ = frame = _frame(template)
+    begin = prompt.removesuffix(frame.extra)
+    rest = header[len(opening) - len(frame.extra) :]
+    if rest.strip() or not frame.extra or not text.startswith(begin + rest):
+        problem = f"begins an answer with {header!r}, but a prompt for it ends with {opening!r}"
+        raise UserError(f"the chat template {problem}. Use another --template")
+    return _after_opening(frame.extra, text[len(begin + rest) :])
+
+
+def _after_opening(opening: str, answer: str) -> str:
+    """Return the rest of an answer whose first part is the end of the prompt: `<think>` or a space.
+
+    Raises UserError if the answer cannot follow it.
+    """
+    opening = opening.strip()
+    if answer.lstrip().startswith(opening):
+        return answer.lstrip().removeprefix(opening).lstrip() if opening else answer
+    tags = [tag for tag in re.findall(r"<(\w+)>", opening) if f"</{tag}>" not in opening]
+    if all(f"</{tag}>" in answer for tag in tags) and not answer.lstrip().startswith("<think>"):
+        return answer
+    problem = f"ends a prompt with {opening!r}, which the answer does not continue"
+    raise UserError(f"the chat template {problem}. Use another --template, or begin answers so")
+
+
+class _Piece(NamedTuple):
+    """A part of a text between special tokens, or such a token."""
+
+    text: str
+    first: bool  # it begins its text
+    learned: bool
+    head: str = ""  # the beginning of `text` that is not learned
+    special_id: int | None = None
+
+
+def encode_samples(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Sample]:
+    """Return the token ids of texts, each distinct part encoded once, on all cores."""
+    plans = [list(_split(text, tokenizer)) for text in texts]
+    parts: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
+    for piece in chain(*plans):
+        if piece.special_id is None:
+            parts[piece.first].update({piece.text: [], piece.head: []})
+    for first, ids in parts.items():
+        encoded = tokenizer.encode_batch(list(ids), first)
+        ids.update(zip(ids, encoded, strict=True))
+    pairs = zip(texts, plans, strict=True)
+    return [_assemble(text, pieces, parts, tokenizer) for text, pieces in pairs]
+
+
+def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    begin, starts = 0, [start for start, _ in text.spans]
+    for number, part in enumerate(tokenizer.split(text.text)):
+        end, first = begin + len(part), number == 0
+        learned = any(a <= begin < b for a, b in text.spans)
+        # a span ends behind a special token, or the text, so that a part has one start at most
+        start = next((start - begin for start in starts if begin < start < end), 0)
+        if number % 2:
+            yield _Piece(part, first, learned, special_id=tokenizer.special_id(part))
+        elif start and text.joined:
+            yield _Piece(part, first, True, head=part[:start])
+        elif start:
+            yield _Piece(part[:start], first, learned)
+            yield _Piece(part[start:], True, True)
+        elif part:
+            yield _Piece(part, first, learned)
+        begin = end
+
+
+def _assemble(
+    text: Text, pieces: list[_Piece], known: dict[bool, dict[str, list[int]]], tokenizer: Tokenizer
+) -> Sample:
+    ids: list[int] = []
+    spans: list[Span] = []
+
+    def learn(start: int) -> None:
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, len(ids)))
+
+    for piece in pieces:
+        start = len(ids)
+        if piece.special_id is not None:
+            ids.append(piece.special_id)
+        else:
+            own, head = known[piece.first][piece.text], known[piece.first][piece.head]
+            if own[: len(head)] != head:
+                # A token would reach across the end of the prompt, behind which the model answers.
+                rest = piece.text.removeprefix(piece.head)
+                own = head + tokenizer.encode_batch([rest], first=False)[0]
+            ids += own
+            start += len(head)
+        if piece.learned:
+            learn(start)
+    if text.end_id is not None:
+        ids.append(text.end_id)
+        learn(len(ids) - 1)
+    with_bos = tokenizer.add_bos(ids, text.bos)
+    shift = len(with_bos) - len(ids)
+    return Sample(with_bos, [(start + shift, end + shift) for start, end in spans])
+
+
+def encode_conversation(
+    messages: Messages, template: Template, tokenizer: Tokenizer, end_id: int, where: str
+) -> list[Sample]:
+    """Return the samples of a conversation. Raises UserError, with `where`, if it has none."""
+    try:
+        return encode_samples(render_samples(messages, template, tokenizer, end_id), tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def encode_answers(
+    messages: Messages, template: Template, tokenizer: Tokenizer, end_id: int, where: str
+) -> list[Sample]:
+    """Return a sample for each answer of a conversation, which ends with it, as learned."""
+    samples = encode_conversation(messages, template, tokenizer, end_id, where)
+    return [Sample(ids[:end], [(start, end)]) for ids, spans in samples for start, end in spans]

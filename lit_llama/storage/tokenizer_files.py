@@ -1,0 +1,148 @@
+"""The tokenizer files of a model folder, by `tokenizers` or `sentencepiece`, for `Tokenizer`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_llama.config import read_json
+from lit_llama.errors import UserError
+
+
+@dataclass
+class TokenizerFiles:
+    """What the files of a folder define; see `Tokenizer` for the attributes."""
+
+    path: Path
+    encode: Callable[[list[str], bool], list[list[int]]]  # plain texts, whether they begin theirs
+    decode: Callable[[list[int]], str]
+    vocab_size: int
+    specials: dict[str, int]
+    added: dict[str, int]
+    # special tokens that take the whitespace on their left or right, too
+    strips: dict[str, tuple[bool, bool]]
+    bos_id: int | None = None
+    eos_id: int | None = None
+    adds_bos: bool | None = None
+    chat_template: str | None = None
+    named: dict[str, str] = field(default_factory=dict)
+
+
+def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
+    """Read tokenizer.json or tokenizer.model, and the files beside it that complete it."""
+    path = checkpoint_dir / "tokenizer.json"
+    if not path.exists():
+        path = path.with_suffix(".model")
+    if not path.exists():
+        problem = "no tokenizer.json and no tokenizer.model there"
+        raise UserError(f"{checkpoint_dir}: {problem}. Run scripts/download.py first")
+    options = _read(path, "special_tokens_map.json") | _read(path, "tokenizer_config.json")
+    # tokens that a finetuning added may be in either of these files only
+    entries = options.get("added_tokens_decoder") or {}
+    added = _read(path, "added_tokens.json")
+    added |= {entry["content"]: int(index) for index, entry in entries.items()}
+    plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
+    try:
+        if path.suffix == ".json":
+            files = _load_json(path, added, plain)
+        else:
+            files = _load_sentencepiece(path, added, options.get("legacy") or False)
+    except UserError:
+        raise
+    except Exception as error:  # the type that `tokenizers` raises
+        raise UserError(f"{path}: not a tokenizer ({error}). Download it again") from None
+
+    named = {key: value for key, value in options.items() if key.endswith("_token")}
+    named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    files.named = {key: value for key, value in named.items() if isinstance(value, str)}
+    # the ids of config.json come last: a finetuned model may stop at another token
+    config = _read(path, "config.json")
+    for name, own in (("bos", files.bos_id), ("eos", files.eos_id)):
+        default = config.get(f"{name}_token_id") if own is None else own
+        default = default[0] if isinstance(default, list) else default
+        index = files.added.get(files.named.get(f"{name}_token"), default)
+        setattr(files, f"{name}_id", index)
+    adds_bos = options.get("add_bos_token")
+    if adds_bos is None:
+        # sentencepiece: all of these models were trained with BOS
+        adds_bos = path.suffix == ".model" or files.bos_id in _template_ids(files)
+    files.adds_bos = adds_bos and files.bos_id is not None
+    template = options.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    jinja = path.with_name("chat_template.jinja")
+    files.chat_template = jinja.read_text("utf-8") if jinja.exists() else template
+    return files
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    file = path.with_name(name)
+    return read_json(file) if file.exists() else {}
+
+
+def _template_ids(files: TokenizerFiles) -> list[int]:
+    """Return the first token that tokenizer.json itself puts before a text."""
+    from tokenizers import Tokenizer as Backend
+
+    return Backend.from_file(str(files.path)).encode("a").ids[:1]
+
+
+def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerFiles:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(path))
+    backend.no_truncation()  # files of finetuned models may set both
+    backend.no_padding()
+    for token, index in sorted(added.items(), key=lambda item: item[1]):
+        if backend.token_to_id(token) is None:
+            (backend.add_tokens if token in plain else backend.add_special_tokens)([token])
+            if backend.token_to_id(token) != index:
+                problem = f"{token} has id {index} in the files beside it, which is taken"
+                raise UserError(f"{path}: {problem}. Download the folder again")
+    # spellings stay text: `Tokenizer.split` looks for special tokens itself
+    backend.encode_special_tokens = True
+    starts_words = getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
+
+    def encode(texts: list[str], first: bool) -> list[list[int]]:
+        if starts_words:  # a space before the text, but not after each special token
+            backend.pre_tokenizer.prepend_scheme = "first" if first else "never"
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    tokens = backend.get_added_tokens_decoder()
+    return TokenizerFiles(
+        path,
+        encode,
+        backend.decode,
+        vocab_size=max(backend.get_vocab().values(), default=-1) + 1,
+        specials={token.content: index for index, token in tokens.items() if token.special},
+        added={token.content: index for index, token in tokens.items()},
+        strips={token.content: (token.lstrip, token.rstrip) for token in tokens.values()},
+    )
+
+
+def _load_sentencepiece(path: Path, added: dict[str, int], legacy: bool) -> TokenizerFiles:
+    from sentencepiece import SentencePieceProcessor
+
+    backend = SentencePieceProcessor(model_file=str(path))
+    newline, size = backend.encode("\n"), backend.vocab_size()
+    specials = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)} | added
+
+    def encode(texts: list[str], first: bool) -> list[list[int]]:
+        if first or legacy:
+            return backend.encode(texts)
+        # a space before the text, but not after each special token: not after a newline
+        return [ids[len(newline) :] for ids in backend.encode([f"\n{t}" for t in texts])]
+
+    return TokenizerFiles(
+        path,
+        encode,
+        # the library does not know the ids of added_tokens.json
+        lambda ids: backend.decode([index for index in ids if index < size]),
+        vocab_size=max([size, *(index + 1 for index in added.values())]),
+        specials=specials,
+        added=dict(specials),
+        strips={},
+        bos_id=backend.bos_id() if backend.bos_id() >= 0 else None,
+        eos_id=backend.eos_id() if backend.eos_id() >= 0 else None,
+    )
