@@ -78,12 +78,20 @@ def chosen(contenders: tuple[str, ...], known: dict[str, str]) -> tuple[str, ...
     return names
 
 
+def cpu_name() -> str:
+    """Return the processor's name, as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def save(
     name: str, title: str, setting: str, table: str, notes: list[str], figures: object
 ) -> None:
     """Print the table, and write it to benchmarks/results/NAME-cpu.json or -cuda.json."""
     on_gpu = default_device().type == "cuda"
-    cores = f"{len(os.sched_getaffinity(0))} cores of a shared {platform.machine()} machine"
+    cores = f"{len(os.sched_getaffinity(0))} cores of a shared machine, {cpu_name()}"
     versions = {}
     for package in ("torch", "peft", "transformers", "litgpt"):
         try:

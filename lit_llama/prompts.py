@@ -57,7 +57,7 @@ def protect(value: Any, tokenizer: Tokenizer) -> Any:
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer, eos: int | list[int] | None) -> list[int]:
-    """Return all token ids that end an answer. `eos` is eos_token_id of config.json."""
+    """Return all token ids that end an answer. `eos` is LLaMAConfig's."""
     # the template's own comes first: training appends that one to each response
     end = tokenizer.eos_id if template.end is None else tokenizer.added[template.end]
     ids = [end, tokenizer.eos_id, *(eos if isinstance(eos, list) else [eos])]

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama import LLaMA, LLaMAConfig, UserError
+from lit_llama import LLaMA, UserError
 from lit_llama.lora import LoRAConfig
 from lit_llama.runtime.cli import run
 from lit_llama.storage.files import atomic_write, require_empty_dir
 from lit_llama.storage.loras import read_linear_lora
 from lit_llama.storage.methods import resolve_model_dir, training_template
+from lit_llama.storage.model_folder import model_config
 from lit_llama.storage.peft import save_lora, target_names
 
 
@@ -76,10 +77,7 @@ def combine_loras(
     r = max(len(a) for a in tensors.values())
     tensors |= {f"{name}.lora_B.weight": torch.cat(parts, dim=1) for name, parts in all_b.items()}
     with torch.device("meta"):
-        known = [
-            name
-            for name, _ in LLaMA(LLaMAConfig.from_checkpoint(checkpoint_dir)).named_parameters()
-        ]
+        known = [name for name, _ in LLaMA(model_config(checkpoint_dir)).named_parameters()]
     targets = target_names(all_a, known)
     return LoRAConfig(r=r, alpha=r, dropout=0, targets=targets), tensors
 

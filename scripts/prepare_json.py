@@ -12,6 +12,7 @@ import shutil
 import sys
 import urllib.request
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,12 +34,13 @@ from lit_llama.storage.records import (
 )
 
 if TYPE_CHECKING:
-    from lit_llama.storage.samples import Sample, Span, Text
+    from lit_llama.storage.samples import Span, Text, TextBatch
     from lit_llama.tokenizer import Tokenizer
 
 FILES = {"train.safetensors", "val.safetensors", "meta.json", "checksums.txt"}
 TURN_KEYS = {"role", "content", "input", "learn"}
 BATCH = 1000  # records that are in memory at once
+AHEAD = 2  # batches that are being encoded while others are read and written
 SHOWN = 5  # records to name in a remark
 # type code of `array` and safetensors' name of each tensor; the largest types come first, so that
 # all are aligned
@@ -213,33 +215,37 @@ class Encoder:
         self, records: Iterable[tuple[str, Any]]
     ) -> "Iterator[tuple[int, list[int], list[Span]]]":
         """Yield each sample's record, counted from 0, its ids, and its spans to learn."""
-        from lit_llama.storage.samples import encode_samples
-
+        last = None
         with ThreadPoolExecutor(1) as pool:
-
-            def encode(batch: list) -> "tuple[list, Future[list[Sample]]]":
-                texts = [
-                    (number, where, text)
-                    for number, (where, record) in batch
-                    for text in self.render(record, where)
-                ]
-                return texts, pool.submit(
-                    encode_samples, [text for *_, text in texts], self.tokenizer
-                )
-
-            numbered = enumerate(records)
-            running = encode(list(islice(numbered, BATCH)))
-            last = None
-            while running[0]:
-                # the tokenizer works on the next batch meanwhile
-                texts, encoded = running
-                running = encode(list(islice(numbered, BATCH)))
-                for (number, where, _), sample in zip(texts, encoded.result(), strict=True):
+            for owners, batch in self.encoded(records, pool):
+                for (number, where), sample in zip(owners, batch.samples(), strict=True):
                     ids, spans = self.cut(*sample, where)
                     if spans:
                         self.num_learned += number != last
                         last = number
                         yield number, ids, spans
+
+    def encoded(
+        self, records: Iterable[tuple[str, Any]], pool: ThreadPoolExecutor
+    ) -> "Iterator[tuple[list[tuple[int, str]], TextBatch]]":
+        """Yield batches of texts and the records that they belong to; `pool` encodes ahead."""
+        from lit_llama.storage.samples import TextBatch
+
+        running: deque[tuple[list[tuple[int, str]], TextBatch, Future]] = deque()
+        numbered, chunk = enumerate(records), True
+        while chunk or running:
+            if chunk := list(islice(numbered, BATCH)):
+                owners, texts = [], []
+                for number, (where, record) in chunk:
+                    rendered = self.render(record, where)
+                    owners += [(number, where)] * len(rendered)
+                    texts += rendered
+                batch = TextBatch(texts, self.tokenizer)
+                running.append((owners, batch, pool.submit(batch.encode)))
+            if running and (len(running) > AHEAD or not chunk):
+                owners, batch, done = running.popleft()
+                done.result()
+                yield owners, batch
 
     def render(self, record: Any, where: str) -> "list[Text]":
         """Return the texts of a record's samples, none if it cannot be learned."""

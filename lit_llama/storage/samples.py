@@ -181,18 +181,29 @@ class _Piece(NamedTuple):
     special_id: int | None = None
 
 
-def encode_samples(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Sample]:
-    """Return the token ids of texts, each distinct part encoded once, on all cores."""
-    plans = [list(_split(text, tokenizer)) for text in texts]
-    parts: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
-    for piece in chain(*plans):
-        if piece.special_id is None:
-            parts[piece.first].update({piece.text: [], piece.head: []})
-    for first, ids in parts.items():
-        encoded = tokenizer.encode_batch(list(ids), first)
-        ids.update(zip(ids, encoded, strict=True))
-    pairs = zip(texts, plans, strict=True)
-    return [_assemble(text, pieces, parts, tokenizer) for text, pieces in pairs]
+class TextBatch:
+    """Texts on their way to token ids: split, then encoded on all cores, then put together.
+
+    Only `encode` takes long, and can run in a thread.
+    """
+
+    def __init__(self, texts: Sequence[Text], tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
+        self.pieces = [list(_split(text, tokenizer)) for text in texts]
+        # distinct strings, that begin their text or not
+        self.parts: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
+        for piece in chain(*self.pieces):
+            if piece.special_id is None:
+                self.parts[piece.first].update({piece.text: [], piece.head: []})
+
+    def encode(self) -> None:
+        for first, ids in self.parts.items():
+            encoded = self.tokenizer.encode_batch(list(ids), first)
+            ids.update(zip(ids, encoded, strict=True))
+
+    def samples(self) -> Iterator[Sample]:
+        for text, pieces in zip(self.texts, self.pieces, strict=True):
+            yield _assemble(text, pieces, self.parts, self.tokenizer)
 
 
 def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
@@ -252,9 +263,11 @@ def encode_conversation(
 ) -> list[Sample]:
     """Return the samples of a conversation. Raises UserError, with `where`, if it has none."""
     try:
-        return encode_samples(render_samples(messages, template, tokenizer, end_id), tokenizer)
+        batch = TextBatch(render_samples(messages, template, tokenizer, end_id), tokenizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    batch.encode()
+    return list(batch.samples())
 
 
 def encode_answers(
