@@ -46,6 +46,7 @@ class Tokenizer:
 
     def special_id(self, part: str) -> int:
         """Return the id of a special token from `split`."""
+        # some tokens take the whitespace beside them, too
         index = self.specials.get(part)
         return self.specials[part.strip()] if index is None else index
 
@@ -63,6 +64,8 @@ class Tokenizer:
         """
         text.encode()  # raises for half of an emoji, where both libraries have obscure errors
         ids: list[int] = []
+        # The parts are encoded one by one: no token reaches across a special token, and only the
+        # first part may get the space that sentencepiece puts before a text.
         for number, part in enumerate(self.split(text) if special else [text]):
             if number % 2:
                 ids.append(self.special_id(part))
