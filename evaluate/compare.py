@@ -71,7 +71,7 @@ def main(
 
     Args:
         models: Folders of models, LoRAs and adapters.
-        source: Held-out records with reference answers: .json, .jsonl or .csv.
+        source: Held-out records with reference answers, as of scripts/prepare_json.py.
         data_dir: Tokenized dataset whose validation samples are used instead.
         prompt_file: Text file with one prompt per line instead: answers, speed and memory only.
         out_dir: Folder for compare.html, compare.md and compare.json; older ones are replaced.
@@ -210,12 +210,13 @@ def samples_from_records(
             yield Sample(prompt_text(messages), "", ids, len(ids))
             continue
         try:
+            turns = learned_turns(messages)  # a plain text has none
             encoded = encode_answers(messages, prompt_template, tokenizer, end_id, origin)
         except UserError as error:
             print(f"not compared: {error}", file=sys.stderr)
             problems.append(error)
             continue
-        for turn, (ids, ((start, _),)) in zip(learned_turns(messages), encoded, strict=True):
+        for turn, (ids, ((start, _),)) in zip(turns, encoded, strict=True):
             yield Sample(prompt_text(messages[:turn]), messages[turn]["content"], ids, start)
     if len(problems) == len(conversations):
         raise problems[0]

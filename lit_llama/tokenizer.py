@@ -54,6 +54,14 @@ class Tokenizer:
         """Return the token ids of plain parts, on all cores. `first`: they begin their texts."""
         return self._encode([part.replace(_MARK, "") for part in parts], first)
 
+    def encode_rest(self, text: str) -> list[int]:
+        """Return the token ids of a text that continues another one."""
+        # Behind a newline, so that sentencepiece puts no space before it; as transformers does.
+        newline, ids = self.encode_batch(["\n", f"\n{text}"], first=False)
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :]
+        return self.encode_batch([text], first=False)[0]
+
     def encode(
         self, text: str, bos: bool | None = None, eos: bool = False, special: bool = False
     ) -> list[int]:

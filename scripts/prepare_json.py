@@ -165,11 +165,11 @@ def prepare(
         write_checksums(folder)
     sizes = f"{train.num_samples} samples to train, {val.num_samples} to validate"
     print(f"{args.data_dir}: {sizes}, template {name}")
-    for remark, (number, places) in encoder.remarks.items():
+    for remark, (number, places, _) in encoder.remarks.items():
         shown = ", ".join(place.removeprefix(f"{source}, record ") for place in places)
         shown += ", ..." if number > SHOWN else ""
         print(f"{number} of {count} records: {remark} (record {shown})")
-    if unused := sorted(encoder.seen - encoder.used):
+    if unused := sorted(filter(None, encoder.seen - encoder.used)):
         warn(f"columns that are not used: {', '.join(unused)}. Name others with --columns.*")
     if val.num_samples > train.num_samples:
         warn(f"more samples to validate than to train. Lower --val_size {val_size}")
@@ -180,10 +180,11 @@ def choose_template(name: str, tokenizer: "Tokenizer", source: Path, columns: Co
     """Return the template that "auto" stands for; other names as they are."""
     if name != "auto":
         return name
-    where, record = next(read_records(source))
-    if to_messages(record, columns, where)[0]["role"] == "text":
-        return "none"
-    return "chat" if tokenizer.chat_template else "alpaca"
+    for where, record in read_records(source):
+        messages = to_messages(record, columns, where)
+        if messages and messages[0]["role"] != "text":
+            return "chat" if tokenizer.chat_template else "alpaca"
+    return "none"  # all of it is plain text
 
 
 class Encoder:
@@ -200,7 +201,8 @@ class Encoder:
         self.config = LLaMAConfig.from_checkpoint(args.checkpoint_dir)
         self.end_id = stop_ids(self.template, tokenizer, self.config.eos_token_id)[0]
         self.turn_keys = tokenizer.chat_template or "" if template == "chat" else ""
-        self.remarks: dict[str, tuple[int, list[str]]] = {}  # records of each: number, the first
+        # records of each: their number, the first ones, the last one
+        self.remarks: dict[str, tuple[int, list[str], str]] = {}
         self.seen: set[str] = set()  # names of columns
         self.used: set[str] = set()
         self.num_learned = self.num_cut = 0
@@ -208,8 +210,9 @@ class Encoder:
         self.special_ids: set[int] = set()  # those that come up
 
     def remark(self, text: str, where: str) -> None:
-        count, places = self.remarks.get(text, (0, []))
-        self.remarks[text] = (count + 1, [*places, where][:SHOWN])
+        count, places, last = self.remarks.get(text, (0, [], ""))
+        if where != last:  # several samples of a record are one remark
+            self.remarks[text] = (count + 1, [*places, where][:SHOWN], where)
 
     def samples(
         self, records: Iterable[tuple[str, Any]]
@@ -218,8 +221,8 @@ class Encoder:
         last = None
         with ThreadPoolExecutor(1) as pool:
             for owners, batch in self.encoded(records, pool):
-                for (number, where), sample in zip(owners, batch.samples(), strict=True):
-                    ids, spans = self.cut(*sample, where)
+                for (number, where, masked), sample in zip(owners, batch.samples(), strict=True):
+                    ids, spans = self.cut(*sample, where, masked)
                     if spans:
                         self.num_learned += number != last
                         last = number
@@ -227,18 +230,18 @@ class Encoder:
 
     def encoded(
         self, records: Iterable[tuple[str, Any]], pool: ThreadPoolExecutor
-    ) -> "Iterator[tuple[list[tuple[int, str]], TextBatch]]":
+    ) -> "Iterator[tuple[list[tuple[int, str, bool]], TextBatch]]":
         """Yield batches of texts and the records that they belong to; `pool` encodes ahead."""
         from lit_llama.storage.samples import TextBatch
 
-        running: deque[tuple[list[tuple[int, str]], TextBatch, Future]] = deque()
+        running: deque[tuple[list[tuple[int, str, bool]], TextBatch, Future]] = deque()
         numbered, chunk = enumerate(records), True
         while chunk or running:
             if chunk := list(islice(numbered, BATCH)):
                 owners, texts = [], []
                 for number, (where, record) in chunk:
-                    rendered = self.render(record, where)
-                    owners += [(number, where)] * len(rendered)
+                    rendered, masked = self.render(record, where)
+                    owners += [(number, where, masked)] * len(rendered)
                     texts += rendered
                 batch = TextBatch(texts, self.tokenizer)
                 running.append((owners, batch, pool.submit(batch.encode)))
@@ -247,31 +250,34 @@ class Encoder:
                 done.result()
                 yield owners, batch
 
-    def render(self, record: Any, where: str) -> "list[Text]":
-        """Return the texts of a record's samples, none if it cannot be learned."""
+    def render(self, record: Any, where: str) -> "tuple[list[Text], bool]":
+        """Return the texts of a record's samples, and whether their prompts are not learned."""
         from lit_llama.storage.samples import is_empty, render_samples
 
         messages = to_messages(record, self.columns, where, self.used)
         self.seen |= record.keys()
         for key in {key for turn in messages for key in turn} - TURN_KEYS:
             self.seen.add(f"messages.{key}")
-            if key in self.turn_keys:  # the template's text names it
+            if re.search(rf"[.'\"]{re.escape(key)}\b", self.turn_keys):  # the template names it
                 self.used.add(f"messages.{key}")
         try:
             texts = render_samples(messages, self.template, self.tokenizer, self.end_id)
         except UserError as error:
             self.remark(f"not learned, {error}", where)
-            return []
+            return [], True
         answers = [turn for turn in messages if turn["role"] == "assistant"]
         if any(is_empty(turn) and turn.get("learn", True) for turn in answers):
             self.remark("has an empty answer, which is not learned", where)
         if len(texts) > 1:
-            reason = "since the template renders earlier turns in another way"
+            reason = (
+                "since the template renders earlier turns in another way, or ends none by a token"
+            )
             self.remark(f"a sample for each answer, {reason}", where)
-        return texts
+        # an answer that must not be learned is not learned as a prompt either
+        return texts, self.args.mask_prompt or any(not turn.get("learn", True) for turn in answers)
 
     def cut(
-        self, ids: list[int], spans: "list[Span]", where: str
+        self, ids: list[int], spans: "list[Span]", where: str, masked: bool
     ) -> "tuple[list[int], list[Span]]":
         """Truncate a sample. Returns no spans if no answer is left."""
         limit = self.args.max_seq_length
@@ -291,7 +297,7 @@ class Encoder:
             self.remark(f"cut at --max_seq_length {limit} tokens{lost}", where)
         ids = ids[:limit]
         self.special_ids |= self.added_ids.intersection(ids)
-        return ids, kept if self.args.mask_prompt else [(1, len(ids))]
+        return ids, kept if masked else [(1, len(ids))]
 
 
 def warn(text: str) -> None:

@@ -445,15 +445,45 @@ def test_what_cannot_be_learned_is_counted_with_its_reason(
         {"instruction": "a", "output": None},
         {"instruction": "a", "output": " "},
         {"messages": [*talk, question, {"role": "assistant", "content": ""}]},
+        {"messages": []},
+        {"messages": None},
     ]
     source = write(tmp_path / "s.json", records)
     prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
     out = capsys.readouterr().out
     assert "out: 3 samples to train, 0 to validate, template chatml" in out
-    assert "1 of 6 records: not learned, there is no answer to learn (record 2)" in out
-    assert "2 of 6 records: not learned, the answer is empty (record 4, 5)" in out
-    assert "1 of 6 records: has an empty answer, which is not learned (record 6)" in out
-    assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_records"] == 3
+    assert "2 of 8 records: not learned, the conversation is empty (record 7, 8)" in out
+    assert "1 of 8 records: not learned, there is no answer to learn (record 2)" in out
+    assert "2 of 8 records: not learned, the answer is empty (record 4, 5)" in out
+    assert "1 of 8 records: has an empty answer, which is not learned (record 6)" in out
+    assert json.loads((tmp_path / "out/meta.json").read_text())["dropped_records"] == 5
+
+
+def test_what_must_not_be_learned_is_no_label_without_a_mask_either(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    question, bad, good = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "assistant", "content": "c"},
+    )
+    source = write(tmp_path / "s.json", [{"messages": [question, bad, question, good]}])
+    flags = dict(val_size=0, template="chatml", mask_prompt=False)
+    prepare_json.main(source, tiny_checkpoint, tmp_path / "out", **flags)
+    tokenizer = Tokenizer(tiny_checkpoint)
+    ((_, labels),) = samples(tmp_path / "out/train.safetensors")
+    assert labels == [*tokenizer.encode("c", bos=False), tokenizer.specials["<|im_end|>"]]
+
+
+def test_more_than_a_batch_of_records_that_cannot_be_learned(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(prepare_json, "BATCH", 3)
+    for count in (0, 1, 3, 9, 10):
+        records = [*RECORDS[:3], *[{"instruction": "a", "output": ""}] * count, *RECORDS[3:6]]
+        source = write(tmp_path / "s.json", records)
+        prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0)
+        assert len(read(tmp_path / "out/train.safetensors")) == 6
 
 
 @pytest.mark.parametrize(
@@ -462,6 +492,7 @@ def test_what_cannot_be_learned_is_counted_with_its_reason(
         (RECORDS, True, "chat"),
         (RECORDS, False, "alpaca"),
         ([{"text": "the quick fox"}], True, "none"),
+        ([{"text": "the quick fox"}, *RECORDS], True, "chat"),
     ],
 )
 def test_the_template_follows_from_the_model(

@@ -72,6 +72,15 @@ FORMATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [QUESTION, ANSWER],
     ),
     "messages as JSON text": ({"messages": json.dumps(TALK)}, TALK),
+    "turns of a completion as JSON text": (
+        {"prompt": Q, "completion": json.dumps([ANSWER])},
+        [QUESTION, ANSWER],
+    ),
+    "a tool call without content": (
+        {"messages": [QUESTION, {"role": "assistant", "tool_calls": [1]}]},
+        [QUESTION, {"role": "assistant", "content": "", "tool_calls": [1]}],
+    ),
+    "an empty conversation": ({"messages": []}, []),
     "null content": (
         {"messages": [QUESTION, {"role": "assistant", "content": None}]},
         [QUESTION, {"role": "assistant", "content": ""}],

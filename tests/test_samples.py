@@ -339,3 +339,46 @@ def test_single_instructions_are_encoded_as_prompt_and_answer(tmp_path: Path) ->
         assert sample.spans == [(len(prompt), len(sample.ids))]
         with pytest.raises(UserError, match="holds a single instruction"):
             encode(tmp_path, TURNS, name)
+
+
+def test_a_template_that_moves_the_system_message(tmp_path: Path) -> None:
+    """Mistral's later ones put it before the last question, so before an answer it disappears."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "[INST] {% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n"
+        "{% endif %}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    save_folder(tmp_path, template)
+    tokenizer = Tokenizer(tmp_path)
+    (sample,) = encode(tmp_path, [SYSTEM, *TURNS[:2]])
+    prompt = encode_prompt(get_template("chat", tokenizer), tokenizer, [SYSTEM, TURNS[0]])
+    assert sample.ids[: sample.spans[0][0]] == prompt
+    assert "Be short." in tokenizer.decode(prompt)
+    assert tokenizer.decode(sample.ids[slice(*sample.spans[0])]) == " The lazy one."
+    assert sample.ids[-1] == tokenizer.eos_id
+
+
+def test_answers_that_follow_each_other_are_spans_of_their_own(tmp_path: Path) -> None:
+    save_folder(tmp_path, SPACED)
+    (sample,) = encode(tmp_path, [TURNS[0], TURNS[1], TURNS[3]])
+    assert len(sample.spans) == 2
+    assert sample.spans[0][1] == sample.spans[1][0]
+
+
+def test_a_call_that_the_template_drops_is_no_answer(tmp_path: Path) -> None:
+    save_folder(tmp_path, CHATML)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
+    with pytest.raises(UserError, match="here: the template renders an empty answer"):
+        encode(tmp_path, [TURNS[0], call])
+
+
+@pytest.mark.parametrize("kind", ["legacy", "metaspace"])
+def test_an_answer_behind_a_space_gets_no_second_one(tmp_path: Path, kind: str) -> None:
+    template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant: ")
+    template = template.replace("{{ m.role }}\n", "{{ m.role }}: ")
+    save_folder(tmp_path, template, kind=kind)
+    tokenizer = Tokenizer(tmp_path)
+    (sample,) = encode(tmp_path, TURNS[:2])
+    ((_, end),) = sample.spans
+    assert tokenizer.decode(sample.ids[:end]).endswith("assistant: The lazy one.")

@@ -214,16 +214,21 @@ def to_messages(
     reader = _Reader(record, columns, where, set() if used is None else used)
     pairs = [(columns.instruction, columns.output), ("prompt", "completion")]
     pairs = [pair for pair in pairs if record.keys() >= set(pair)]
-    turns = [name for name in (columns.messages, *CONVERSATIONS) if record.get(name) is not None]
+    places = [name for name in (columns.messages, *CONVERSATIONS) if name in record]
+    turns = [name for name in places if record[name] is not None]
     # a table has all columns in all records, null where another format is used
     filled = [pair for pair in pairs if any(record[name] is not None for name in pair)]
     is_named = (columns.instruction, columns.output) != ("instruction", "output")
+    if columns.text in record and columns.text != "text":
+        return [{"role": "text", "content": reader.string(columns.text)}]
     if turns and not (is_named and filled):
         return reader.system() + reader.turns(turns[0])
     if pairs and (filled or columns.text not in record):
         return reader.system() + reader.answer(*(filled or pairs)[0])
     if columns.text in record and not is_named:
         return [{"role": "text", "content": reader.string(columns.text)}]
+    if places:
+        return []  # an empty conversation
     missing = next(n for n in (columns.instruction, columns.output) if n not in record)
     lists = [name for name, value in record.items() if isinstance(value, list)]
     if len(lists) == len(record) == 1:
@@ -291,7 +296,7 @@ class _Reader:
             question, answer = (self.text(text, field) for text in pair)
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
-        if isinstance(self.record[instruction], list):
+        if self.has_turns(instruction):
             # only what completes the prompt is learned
             messages += [turn | {"learn": False} for turn in self.turns(instruction)]
         else:
@@ -299,15 +304,18 @@ class _Reader:
             if context := self.string(self.columns.input):
                 user["input"] = context
             messages.append(user)
-        if isinstance(self.record[output], list):
+        if self.has_turns(output):
             return messages + self.turns(output)
         return [*messages, {"role": "assistant", "content": self.string(output)}]
+
+    def has_turns(self, name: str) -> bool:
+        """Check for a list of turns, in a CSV file as JSON."""
+        value = self.record[name]
+        return isinstance(value, list) or str(value).lstrip().startswith(('[{"role"', '[{"from"'))
 
     def turns(self, name: str) -> Messages:
         """Return the turns of a conversation, in any of the common spellings."""
         turns = self.list(name)
-        if not turns:
-            raise self.fail(name, turns, "a list of turns")
         return [self.turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
 
     def turn(self, turn: Any, field: str) -> dict[str, Any]:
@@ -315,6 +323,8 @@ class _Reader:
             raise self.fail(field, turn, "an object with role and content")
         role_key = next((k for k in (self.columns.role, "from") if k in turn), None)
         content_key = next((k for k in (self.columns.content, "value") if k in turn), None)
+        if content_key is None and turn.get("tool_calls"):
+            turn, content_key = turn | {"content": ""}, "content"
         if role_key is None or content_key is None:
             hint = "role and content. Name them with --columns.role, --columns.content"
             raise self.fail(field, turn, hint)
@@ -322,7 +332,8 @@ class _Reader:
         known = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known is None:
             raise self.fail(f"{field}.{role_key}", role, "system, user, assistant or tool")
-        rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+        own = (role_key, content_key, "learn")  # the last one is ours
+        rest = {k: v for k, v in turn.items() if k not in own and v is not None}
         content = "" if turn[content_key] is None else turn[content_key]
         message = {"role": known, "content": self.text(content, f"{field}.{content_key}")}
         for key in ("weight", "train"):

@@ -31,10 +31,9 @@ class Text:
     """The text of a sample, and the spans of its characters that are learned.
 
     Args:
-        joined: Encode the text as a whole, as `transformers` does; false: each span on its own.
+        joined: Encode prompt and answer as one text, as `transformers` does.
         end_id: Token to append, which is learned, too.
         bos: Prepend BOS; None: as the model was trained.
-        split: It is one of several samples of a conversation.
     """
 
     text: str
@@ -42,7 +41,6 @@ class Text:
     joined: bool = True
     end_id: int | None = None
     bos: bool | None = None
-    split: bool = False
 
 
 def render_samples(
@@ -52,10 +50,13 @@ def render_samples(
 
     Raises UserError if there is no answer to learn, or if the template cannot render one.
     """
-    if messages[0]["role"] == "text":  # special tokens in a plain text are what they seem
+    if not messages:
+        raise UserError("the conversation is empty")
+    if messages[0]["role"] == "text":  # special tokens in a plain text become those tokens
         text = messages[0]["content"]
         for token, index in tokenizer.added.items():
-            text = text.removesuffix(token) if index == tokenizer.eos_id else text
+            if index in (end_id, tokenizer.eos_id) and text.rstrip().endswith(token):
+                text = text.rstrip().removesuffix(token)
         if not text.strip():
             raise UserError("the text is empty")
         return [Text(text, [(0, len(text))], end_id=end_id)]
@@ -69,11 +70,9 @@ def render_samples(
 
     texts = [_render_answer(messages, turn, template, end_id) for turn in turns]
     last = texts[-1]
-    if all(t.joined and t.end_id is None and last.text.startswith(t.text) for t in texts):
+    if all(text.end_id is None and last.text.startswith(text.text) for text in texts):
         last.spans = [span for text in texts for span in text.spans]
         return [last]
-    for text in texts:
-        text.split = len(texts) > 1
     return texts
 
 
@@ -99,21 +98,21 @@ def _render_answer(messages: Messages, turn: int, template: Template, end_id: in
     prompt = template.render(messages[:turn])
     text = template.render(messages[: turn + 1], add_generation_prompt=False)
     content = messages[turn]["content"]
-    joined = text.startswith(prompt)
     if "</think>" in content and "</think>" not in text[_shared(prompt, text) :]:
         # the template drops thinking even from the last turn, where it is what should be learned
-        joined = False
         answer = _after_opening(_frame(template).extra, content) + _frame(template).suffix
-    elif joined:
+    elif text.startswith(prompt):
         answer = text[len(prompt) :]
     else:
-        answer = _continuation(template, prompt, text)
+        answer = _continuation(template, prompt, text, content)
     if template.end is not None and template.end in answer:
         answer, end_id = answer[: answer.index(template.end) + len(template.end)], None
     elif template.end is None:
         answer = answer.rstrip("\n")
+    if not answer.removesuffix(template.end or "").strip():  # such as a tool call that it drops
+        raise UserError("the template renders an empty answer")
     span = (len(prompt), len(prompt + answer))
-    return Text(prompt + answer, [span], joined, end_id, template.bos)
+    return Text(prompt + answer, [span], end_id=end_id, bos=template.bos)
 
 
 class _Frame(NamedTuple):
@@ -145,11 +144,17 @@ def _frame(template: Template) -> _Frame:
     return _Frame(header, template.render([question]).removeprefix(asked), suffix)
 
 
-def _continuation(template: Template, prompt: str, text: str) -> str:
+def _continuation(template: Template, prompt: str, text: str, content: str) -> str:
     """Return how an answer continues a prompt that its rendered text does not begin with."""
-    header, opening, _ = frame = _frame(template)
+    # With header "<a>\n" and opening "<a>\n<think>\n", `extra` is "<think>\n".
+    header, opening, suffix = frame = _frame(template)
     begin = prompt.removesuffix(frame.extra)
     rest = header[len(opening) - len(frame.extra) :]
+    for answer in (content, content.strip()):
+        # the turns before may look different once they are answered: some templates put the system
+        # message before the last question
+        if not text.startswith(begin) and text.endswith(header + answer + suffix):
+            return _after_opening(frame.extra, rest + answer + suffix)
     if rest.strip() or not frame.extra or not text.startswith(begin + rest):
         problem = f"begins an answer with {header!r}, but a prompt for it ends with {opening!r}"
         raise UserError(f"the chat template {problem}. Use another --template")
@@ -176,7 +181,7 @@ class _Piece(NamedTuple):
 
     text: str
     first: bool  # it begins its text
-    learned: bool
+    learned: int  # number of its span, counted from 1; 0: not learned
     head: str = ""  # the beginning of `text` that is not learned
     special_id: int | None = None
 
@@ -210,16 +215,18 @@ def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
     begin, starts = 0, [start for start, _ in text.spans]
     for number, part in enumerate(tokenizer.split(text.text)):
         end, first = begin + len(part), number == 0
-        learned = any(a <= begin < b for a, b in text.spans)
+        numbers = (n for n, (a, b) in enumerate(text.spans, start=1) if a < end and begin < b)
+        last = max(numbers, default=0)
+        learned = last if last and text.spans[last - 1][0] <= begin else 0
         # a span ends behind a special token, or the text, so that a part has one start at most
         start = next((start - begin for start in starts if begin < start < end), 0)
         if number % 2:
             yield _Piece(part, first, learned, special_id=tokenizer.special_id(part))
         elif start and text.joined:
-            yield _Piece(part, first, True, head=part[:start])
+            yield _Piece(part, first, last, head=part[:start])
         elif start:
             yield _Piece(part[:start], first, learned)
-            yield _Piece(part[start:], True, True)
+            yield _Piece(part[start:], True, last)
         elif part:
             yield _Piece(part, first, learned)
         begin = end
@@ -229,13 +236,7 @@ def _assemble(
     text: Text, pieces: list[_Piece], known: dict[bool, dict[str, list[int]]], tokenizer: Tokenizer
 ) -> Sample:
     ids: list[int] = []
-    spans: list[Span] = []
-
-    def learn(start: int) -> None:
-        if spans and spans[-1][1] == start:
-            start = spans.pop()[0]
-        spans.append((start, len(ids)))
-
+    found: dict[int, Span] = {}
     for piece in pieces:
         start = len(ids)
         if piece.special_id is not None:
@@ -244,18 +245,19 @@ def _assemble(
             own, head = known[piece.first][piece.text], known[piece.first][piece.head]
             if own[: len(head)] != head:
                 # A token would reach across the end of the prompt, behind which the model answers.
-                rest = piece.text.removeprefix(piece.head)
-                own = head + tokenizer.encode_batch([rest], first=False)[0]
+                own = head + tokenizer.encode_rest(piece.text.removeprefix(piece.head))
             ids += own
             start += len(head)
         if piece.learned:
-            learn(start)
+            start, _ = found.get(piece.learned, (start, 0))
+            found[piece.learned] = (start, len(ids))
     if text.end_id is not None:
         ids.append(text.end_id)
-        learn(len(ids) - 1)
+        start, _ = found.get(len(text.spans), (len(ids) - 1, 0))
+        found[len(text.spans)] = (start, len(ids))
     with_bos = tokenizer.add_bos(ids, text.bos)
     shift = len(with_bos) - len(ids)
-    return Sample(with_bos, [(start + shift, end + shift) for start, end in spans])
+    return Sample(with_bos, [(start + shift, end + shift) for start, end in found.values()])
 
 
 def encode_conversation(
