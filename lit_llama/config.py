@@ -83,6 +83,9 @@ class LLaMAConfig:
         for name in list(cls.__annotations__)[:5]:
             if name not in fields:
                 raise UserError(f"{source}: the field {name!r} is missing. Download it again")
+        texts = [name for name in cls.__annotations__ if isinstance(fields.get(name), str)]
+        if texts:  # YAML reads 1e-5 as a text, and some tools write it as such
+            raise UserError(f"{source}: {texts[0]} is the text {fields[texts[0]]!r}, not a number")
         heads = fields["num_attention_heads"]
         kv_heads = fields.setdefault("num_key_value_heads", heads)
         head_dim = fields.setdefault("head_dim", fields["hidden_size"] // heads)

@@ -183,6 +183,7 @@ def test_old_style_rope_scaling_is_read(tmp_path: Path) -> None:
         ({"head_dim": 5}, "head_dim 5: not divisible"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is the text '1e-5', not a number"),
     ],
     ids=str,
 )

@@ -267,3 +267,11 @@ def test_safetensors_come_before_bin(tmp_path: Path) -> None:
     assert_same_logits(
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path
     )
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    make_hf_model().save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match=r"model.safetensors: a pointer of Git LFS.*git lfs pull"):
+        load_model(tmp_path)

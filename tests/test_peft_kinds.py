@@ -345,6 +345,8 @@ def test_what_a_file_lacks_or_has_too_much(bases: dict[bool, Path], tmp_path: Pa
     refused(extra, "score.weight is neither a LoRA's nor a weight of the model")
     name = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
     refused(weights | {name: torch.zeros(8, 1, dtype=torch.uint8)}, "quantized weights are not")
+    empty = {key: torch.zeros(0) if "layers.0" in key else t for key, t in weights.items()}
+    refused(empty, r"layers.0.* is empty, as DeepSpeed leaves it")
     name = "base_model.model.lm_head.lora_A"
     second = {f"{name}.b.weight": weights[f"{name}.weight"].clone()}
     refused(weights | second, "holds several LoRAs")

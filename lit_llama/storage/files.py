@@ -41,6 +41,10 @@ def open_safetensors(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, RuntimeError) as error:
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes()[:7] == b"version":
+            raise UserError(
+                f"{file}: a pointer of Git LFS, not the file. Run git lfs pull"
+            ) from None
         problem = f"{file}: missing, truncated or corrupted ({error})"
         raise UserError(f"{problem}. Download or write it again") from None
 

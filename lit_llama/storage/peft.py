@@ -191,6 +191,9 @@ def _sort_tensors(
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(lora.path)[0].items():
         name = key.removeprefix(PREFIX).removeprefix("model.")
+        if tensor.numel() == 0:
+            problem = f"{key} is empty, as DeepSpeed leaves it if it saves without gathering"
+            raise UserError(f"{lora.path}: {problem}. Save it again")
         plain, is_base = BASE_TENSOR.subn("", name)
         plain, is_saved = SAVED_TENSOR.subn("", plain)
         if match := LORA_TENSOR.fullmatch(name):
