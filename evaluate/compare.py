@@ -31,7 +31,7 @@ from lit_llama.prompts import Messages, content, encode_prompt, get_template, st
 from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import default_device, inference_dtype, peak_memory_bytes
 from lit_llama.storage.datasets import load_dataset
-from lit_llama.storage.files import atomic_write, read_text
+from lit_llama.storage.files import atomic_write, read_prompts
 from lit_llama.storage.methods import load_finetuned, resolve_model_dir, tokenizer_dir
 from lit_llama.storage.records import Columns, read_conversations
 from lit_llama.storage.samples import encode_answers, learned_turns
@@ -104,7 +104,10 @@ def main(
     if source is not None:
         data = read_conversations(source, columns)
     elif prompt_file is not None:
-        data = read_prompts(prompt_file)
+        data = {  # conversations without an answer
+            f"{prompt_file}, prompt {number}": [{"role": "user", "content": text}]
+            for number, text in enumerate(read_prompts(prompt_file), start=1)
+        }
     else:
         data = data_dir
     common = (checkpoint_dir, dtype, data, template, max_samples, sampling, batch_size)
@@ -119,18 +122,6 @@ def main(
     write(out_dir, setting, results)
     print(aligned(table(results)))
     print(f"\n{out_dir}: compare.html, compare.md and compare.json have the answers too")
-
-
-def read_prompts(file: Path) -> dict[str, Messages]:
-    """Read a prompt from each line, as conversations without an answer."""
-    lines = read_text(file, hint=". Pass a text file to --prompt_file").split("\n")
-    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file}: holds no prompt. Write one in each line")
-    return {
-        f"{file}, prompt {number}": [{"role": "user", "content": text}]
-        for number, text in enumerate(prompts, start=1)
-    }
 
 
 def in_own_process(path: Path, *common: Any) -> dict[str, Any]:

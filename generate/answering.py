@@ -84,14 +84,9 @@ def read_prompts(args: AnswerArgs) -> list[str]:
         raise UserError("--prompt, --prompt_file: give one of them")
     if args.prompt_file is None:
         return [args.prompt]
-    from lit_llama.storage.files import read_text
+    from lit_llama.storage import files
 
-    # not splitlines(), which also splits at characters such as U+2028
-    lines = read_text(args.prompt_file, hint=". Pass a text file to --prompt_file").split("\n")
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{args.prompt_file}: holds no prompt. Write one in each line")
-    return prompts
+    return files.read_prompts(args.prompt_file)
 
 
 def load_device(args: AnswerArgs) -> "torch.device":

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import test_download
 from conftest import ROOT
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from test_download import COMMIT
 
 
 def rows(count: int, name: str = "a") -> list[dict[str, str]]:
@@ -48,10 +48,8 @@ REPOSITORIES = {
 }
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(test_download.Hub):
     """The requests of `huggingface_hub` for a dataset: its files, and the content of each."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -74,17 +72,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         content = files[path.removeprefix(f"{repo_id}/resolve/{COMMIT}/")]
         tag = hashlib.sha256(content).hexdigest()
         return self.send(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
-
-    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *args) -> None:
-        pass
 
 
 @pytest.fixture

@@ -36,6 +36,16 @@ def read_text(file: Path, hint: str = "") -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror}){hint}") from None
 
 
+def read_prompts(file: Path) -> list[str]:
+    """Read a prompt from each line that is not empty."""
+    # not splitlines(), which also splits at characters such as U+2028
+    lines = read_text(file, hint=". Pass a text file to --prompt_file").split("\n")
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{file}: holds no prompt. Write one in each line")
+    return prompts
+
+
 def open_safetensors(file: Path) -> safe_open:
     """Open a safetensors file (a context manager), on the CPU, memory-mapped."""
     try:

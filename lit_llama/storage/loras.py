@@ -12,7 +12,8 @@ from lit_llama.lora import LoRALinear, apply_lora, dora_scale, merged_weight
 from lit_llama.model import LLaMA
 from lit_llama.multi_lora import LoRAWeights, MultiLoRATable, multi_lora_layers
 from lit_llama.storage import model_folder
-from lit_llama.storage.peft import EMBEDDING, HEAD, SavedLoRA, read_lora
+from lit_llama.storage.model_folder import EMBEDDING, HEAD
+from lit_llama.storage.peft import SavedLoRA, read_lora
 from lit_llama.wrapping import base_linears, base_name, base_parameters
 
 

@@ -16,6 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.lora import LoRALinear, apply_lora, merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.storage import files, loras, model_folder, peft
+from lit_llama.storage.tokenizer_files import read_chat_template
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.wrapping import base_name, unfreeze
 
@@ -187,7 +188,7 @@ def prompt_format(path: Path, base: Path, template: str | None = None) -> Prompt
     tokenizer = Tokenizer(tokenizer_dir(path, base))
     if path != base:
         peft.read_settings(path)  # raises UserError if nothing is there
-        own = _chat_template(path)
+        own = read_chat_template(path)
         if not _has_tokenizer(path):
             tokenizer.chat_template = own or tokenizer.chat_template
         elif tokenizer.eos_id is not None:
@@ -214,7 +215,7 @@ def prompt_files(path: Path, base: Path) -> dict[str, bytes]:
     generation = own.get(GENERATION_CONFIG, contents.get(GENERATION_CONFIG))
     if _has_tokenizer(path):  # files of two tokenizers do not go together
         contents = own
-    elif template := _chat_template(path):
+    elif template := read_chat_template(path):
         contents["chat_template.jinja"] = template.encode()
     if generation is not None:
         settings = json.loads(generation)
@@ -227,17 +228,6 @@ def prompt_files(path: Path, base: Path) -> dict[str, bytes]:
 
 def _has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def _chat_template(path: Path) -> str | None:
-    """Return the chat template in a folder, which may have no tokenizer."""
-    if (path / "chat_template.jinja").is_file():
-        return files.read_text(path / "chat_template.jinja")
-    file = path / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -14,7 +14,7 @@ from lit_llama.storage import files
 from lit_llama.storage.shards import shard_like
 from lit_llama.wrapping import base_parameters
 
-HEADS = ("embed_tokens.weight", "lm_head.weight")  # one parameter if the head is tied
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # one parameter if the head is tied
 UNTRAINED = 1e-6  # largest difference between the values of a row that was never trained
 QUANTIZED = "quantized folders do not load. Download the unquantized model"
 TOKENIZER_FILES = (
@@ -139,12 +139,13 @@ def untrained_tokens(checkpoint_dir: str | Path, token_ids: Iterable[int]) -> li
 
 
 def _stored_heads(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Select `HEADS` of `stored_names`. Returns {} if there are no weights: loading tells why."""
+    """Select embedding and head of `stored_names`, {} without weights: loading raises for that."""
     try:
         stored = stored_names(folder)
     except UserError:
         return {}
-    return {name: stored[name] for name in HEADS if name in stored}
+    names = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+    return {name: stored[name] for name in names if name in stored}
 
 
 def stored_names(folder: Path) -> dict[str, tuple[Path, str]]:

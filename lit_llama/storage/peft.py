@@ -21,13 +21,12 @@ from lit_llama.lora import ALL_LINEAR
 from lit_llama.model import LLaMA
 from lit_llama.multi_lora import LoRAWeights
 from lit_llama.storage import files
-from lit_llama.storage.model_folder import transformers_name
+from lit_llama.storage.model_folder import EMBEDDING, HEAD, transformers_name
 from lit_llama.wrapping import base_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # PEFT's before 0.7
 PREFIX = "base_model.model."  # PEFT's, before the names of transformers
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
 # Settings that change what a LoRA computes, in ways that `LoRALinear` does not.
 UNSUPPORTED = (
     *("bias", "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens"),

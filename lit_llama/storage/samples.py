@@ -116,7 +116,7 @@ def _render_answer(messages: Messages, turn: int, template: Template, end_id: in
 
 
 class _Frame(NamedTuple):
-    """What a template puts around an answer."""
+    """Text of a template around an answer."""
 
     header: str  # before it, in a rendered conversation
     opening: str  # before it, in a prompt
@@ -212,14 +212,14 @@ class TextBatch:
 
 
 def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    begin, starts = 0, [start for start, _ in text.spans]
+    begin = 0
     for number, part in enumerate(tokenizer.split(text.text)):
         end, first = begin + len(part), number == 0
         numbers = (n for n, (a, b) in enumerate(text.spans, start=1) if a < end and begin < b)
-        last = max(numbers, default=0)
-        learned = last if last and text.spans[last - 1][0] <= begin else 0
         # a span ends behind a special token, or the text, so that a part has one start at most
-        start = next((start - begin for start in starts if begin < start < end), 0)
+        last = max(numbers, default=0)
+        start = max(0, text.spans[last - 1][0] - begin) if last else 0
+        learned = 0 if start else last
         if number % 2:
             yield _Piece(part, first, learned, special_id=tokenizer.special_id(part))
         elif start and text.joined:

@@ -7,11 +7,12 @@ from typing import Any
 
 from lit_llama.config import read_json
 from lit_llama.errors import UserError
+from lit_llama.storage.files import read_text
 
 
 @dataclass
 class TokenizerFiles:
-    """What the files of a folder define; see `Tokenizer` for the attributes."""
+    """Content of a folder's tokenizer files; see `Tokenizer` for the attributes."""
 
     path: Path
     encode: Callable[[list[str], bool], list[list[int]]]  # plain texts, whether they begin theirs
@@ -21,6 +22,7 @@ class TokenizerFiles:
     added: dict[str, int]
     # special tokens that take the whitespace on their left or right, too
     strips: dict[str, tuple[bool, bool]]
+    first_ids: list[int] | None  # those that tokenizer.json puts before a text; None: no such file
     bos_id: int | None = None
     eos_id: int | None = None
     adds_bos: bool | None = None
@@ -36,10 +38,12 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     if not path.exists():
         problem = "no tokenizer.json and no tokenizer.model there"
         raise UserError(f"{checkpoint_dir}: {problem}. Run scripts/download.py first")
-    options = _read(path, "special_tokens_map.json") | _read(path, "tokenizer_config.json")
+    options = _read(checkpoint_dir, "special_tokens_map.json") | _read(
+        checkpoint_dir, "tokenizer_config.json"
+    )
     # tokens that a finetuning added may be in either of these files only
     entries = options.get("added_tokens_decoder") or {}
-    added = _read(path, "added_tokens.json")
+    added = _read(checkpoint_dir, "added_tokens.json")
     added |= {entry["content"]: int(index) for index, entry in entries.items()}
     plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
     try:
@@ -56,7 +60,7 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     files.named = {key: value for key, value in named.items() if isinstance(value, str)}
     # the ids of config.json come last: a finetuned model may stop at another token
-    config = _read(path, "config.json")
+    config = _read(checkpoint_dir, "config.json")
     for name, own in (("bos", files.bos_id), ("eos", files.eos_id)):
         default = config.get(f"{name}_token_id") if own is None else own
         default = default[0] if isinstance(default, list) else default
@@ -65,26 +69,24 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     adds_bos = options.get("add_bos_token")
     if adds_bos is None:
         # sentencepiece: all of these models were trained with BOS
-        adds_bos = path.suffix == ".model" or files.bos_id in _template_ids(files)
+        adds_bos = files.first_ids is None or files.bos_id in files.first_ids
     files.adds_bos = adds_bos and files.bos_id is not None
-    template = options.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    jinja = path.with_name("chat_template.jinja")
-    files.chat_template = jinja.read_text("utf-8") if jinja.exists() else template
+    files.chat_template = read_chat_template(checkpoint_dir)
     return files
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
-    file = path.with_name(name)
-    return read_json(file) if file.exists() else {}
+def read_chat_template(folder: Path) -> str | None:
+    """Read the chat template of a folder, which may have no tokenizer; None if it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    template = _read(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
-def _template_ids(files: TokenizerFiles) -> list[int]:
-    """Return the first token that tokenizer.json itself puts before a text."""
-    from tokenizers import Tokenizer as Backend
-
-    return Backend.from_file(str(files.path)).encode("a").ids[:1]
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).exists() else {}
 
 
 def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerFiles:
@@ -99,6 +101,7 @@ def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerF
             if backend.token_to_id(token) != index:
                 problem = f"{token} has id {index} in the files beside it, which is taken"
                 raise UserError(f"{path}: {problem}. Download the folder again")
+    first_ids = backend.encode("a").ids[:1]
     # spellings stay text: `Tokenizer.split` looks for special tokens itself
     backend.encode_special_tokens = True
     starts_words = getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
@@ -118,6 +121,7 @@ def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerF
         specials={token.content: index for index, token in tokens.items() if token.special},
         added={token.content: index for index, token in tokens.items()},
         strips={token.content: (token.lstrip, token.rstrip) for token in tokens.values()},
+        first_ids=first_ids,
     )
 
 
@@ -143,6 +147,7 @@ def _load_sentencepiece(path: Path, added: dict[str, int], legacy: bool) -> Toke
         specials=specials,
         added=dict(specials),
         strips={},
+        first_ids=None,
         bos_id=backend.bos_id() if backend.bos_id() >= 0 else None,
         eos_id=backend.eos_id() if backend.eos_id() >= 0 else None,
     )
