@@ -38,7 +38,7 @@ def main(
         lora_path: Folder of a LoRA; with several, the first answers and /lora switches.
         adapter_path: Folder of an adapter of either version; not with --lora_path.
         template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
-            (default: that of the training, else chat if the folder of the model or LoRA has one).
+            (default: that of the training, else chat if there is one).
         precision: Dtype of the model.
         system: System message to start with.
         context: Maximum tokens of the conversation; the oldest turns are forgotten first.
@@ -62,14 +62,15 @@ def main(
     from lit_llama.storage.methods import load_finetuned, prompt_format, resolve_model_dir
 
     device, dtype = default_device(), inference_dtype(precision)
-    path = adapter_path or checkpoint_dir or resolve_model_dir(lora_path[0])
+    base = checkpoint_dir or resolve_model_dir(adapter_path or lora_path[0])
     # weights to be quantized go to the GPU only afterwards
     load_device = "cpu" if quantize else device
-    model, tokenizer, trained_with = load_finetuned(path, checkpoint_dir, load_device, dtype)
+    path = adapter_path or base
+    model, tokenizer, trained_with = load_finetuned(path, base, load_device, dtype)
     if adapter_path is None:
         enable_multi_lora(model, lora_path)
     optimize_for_inference(model, device, quantize)
-    templates = {str(lora): prompt_format(lora, path, template) for lora in lora_path}
+    templates = {str(lora): prompt_format(lora, base, template) for lora in lora_path}
     templates[None] = template or trained_with
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     converse(Chat(model, tokenizer, templates, sampling, system, context))

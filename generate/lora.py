@@ -26,7 +26,7 @@ def main(
             several folders each LoRA answers, and all share one base model in memory.
         checkpoint_dir: Folder of the base model (default: the one that the LoRA names).
         template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
-            (default: that of the training, else chat if the LoRA's folder has one, else alpaca).
+            (default: that of the training, else chat if there is one, else alpaca).
         precision: Dtype of the model.
     """
     # imported after the flags are read: --help must not wait for torch
@@ -46,7 +46,7 @@ def main(
         base, *others = {checkpoint_dir or resolve_model_dir(path): None for path in lora_path}
         if others:
             raise UserError(f"--lora_path: these are for different models ({base}, {others[0]})")
-        model, tokenizer, _ = load_finetuned(base, None, device, dtype)
+        model, tokenizer, _ = load_finetuned(base, base, device, dtype)
         enable_multi_lora(model, lora_path)
         templates = {str(path): prompt_format(path, base, template) for path in lora_path}
     optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)

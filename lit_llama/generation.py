@@ -74,9 +74,12 @@ def stream(
         size = f"the prompt has {longest} tokens and --max_new_tokens asks for {new} more"
         raise UserError(f"{size}, the model's context holds {context}. Shorten one of them")
     # A tokenizer may define more tokens than the model has; that is fine until one comes up.
-    if (token := max(int(ids.max()) for ids in prompts)) >= len(model.embed_tokens.weight):
-        rows = f"the model's embedding only {len(model.embed_tokens.weight)} rows"
-        raise UserError(f"the prompt has token id {token}, {rows}. Use the model's own tokenizer")
+    table = model.embed_tokens
+    sizes = getattr(table, "row_sizes", [len(table.weight)] * len(prompts))
+    for ids, size in zip(prompts, sizes, strict=False):
+        if (token := int(ids.max())) >= size:
+            problem = f"the prompt has token id {token}, the model's embedding only {size} rows"
+            raise UserError(f"{problem}. Use the model's own tokenizer")
     tokens = (decoder or decode)(model, prompts, sampling)
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
     stops = torch.tensor(stops or [-1])  # -1 is never sampled

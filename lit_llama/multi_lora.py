@@ -124,6 +124,9 @@ class MultiLoRATable(nn.Module):
     def stack(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Select the weights in use, as `MultiLoRALinear.stack`."""
         self.used = [(rows[name], self.loaded[name]) for name in rows if name in self.loaded]
+        self.row_sizes = torch.full((count,), len(self.weight))  # vocab_size of each row
+        for mask, weight in self.used:
+            self.row_sizes[mask.cpu()] = len(weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden) -> (labels, vocab_size)
         if not self.used:
@@ -184,8 +187,7 @@ def set_adapters(model: LLaMA, names: Sequence[str | None]) -> None:
     layers = multi_lora_layers(model).values()
     known = {name for layer in layers for name in layer.loaded}
     if unknown := set(names) - known - {None}:
-        unknown = ", ".join(sorted(unknown))
-        raise ValueError(f"no LoRA called {unknown}. Known: {', '.join(sorted(known))}")
+        raise ValueError(f"no LoRA called {', '.join(sorted(unknown))}. Known: {sorted(known)}")
     device = model.embed_tokens.weight.device
     chosen = dict.fromkeys(name for name in names if name is not None)
     rows = {n: torch.tensor([name == n for name in names], device=device) for n in chosen}

@@ -246,11 +246,11 @@ METHODS = {
         ASK_LORA,
         r"config.*'IA3'",
     ),
-    "trained biases": (
-        edit(LORA_CONFIG, bias="all"),
+    "trained parameters": (
+        edit(LORA_CONFIG, target_parameters=["o_proj.weight"]),
         LORA,
         ASK_LORA,
-        r"config.json: bias is 'all'",
+        r"config.json: target_parameters is \['o_proj.weight'\]",
     ),
     "the base is gone": (
         edit(LORA_CONFIG, base_model_name_or_path="/gone"),

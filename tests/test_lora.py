@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load_script, make_hf_model, save_checkpoint_folder
+from conftest import ROOT, load_script, make_hf_model, save_checkpoint_folder, save_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
@@ -253,7 +253,6 @@ def test_files_have_the_names_and_settings_of_peft(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "setting",
     [
-        dict(bias="all"),
         dict(layer_replication=[(0, 1), (0, 1)]),
         dict(init_lora_weights="pissa"),
     ],
@@ -435,3 +434,27 @@ def test_what_a_run_cannot_continue_is_refused(folder: Path, tmp_path: Path) -> 
             assert starting_config(LoRAConfig(dropout=0), tmp_path / name, base).r == 4
         with pytest.raises(UserError, match=message):
             starting_config(LoRAConfig(), tmp_path / name, base)
+
+
+def test_a_run_says_that_it_does_not_keep_a_tokenizer(tmp_path: Path, capsys) -> None:
+    """Of the LoRA that it starts from; not if they are the base's, as many tools save them."""
+    base, path = tmp_path / "base", tmp_path / "lora"
+    save_checkpoint_folder(base)
+    peft_model(base, r=4, target_modules=["q_proj"]).save_pretrained(path)
+
+    def warning() -> str:
+        capsys.readouterr()  # those of PEFT
+        starting_config(LoRAConfig(), path, base)
+        return capsys.readouterr().err
+
+    assert warning() == ""
+    save_tokenizer(path)
+    assert warning() == ""
+    options = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    (path / "tokenizer_config.json").write_text(json.dumps(options | {"eos_token": "<pad>"}))
+    assert re.fullmatch(f"warning: --init_from {path}: its tokenizer, .*merge_lora.py\n", warning())
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    (path / "tokenizer.json").unlink()
+    assert "its chat template, other than" in warning()
+    (base / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    assert warning() == ""

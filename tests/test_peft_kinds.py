@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from conftest import load_script, make_hf_model, save_checkpoint_folder, save_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -197,6 +200,62 @@ def test_bin_and_names_with_the_adapter(bases: dict[bool, Path], tmp_path: Path,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_model.model.model.", "base_model.model._orig_mod.model."),
+        ("base_model.", "_orig_mod.base_model."),
+        ("base_model.", "module.base_model."),
+        (".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+        (".self_attn.", "._fsdp_wrapped_module.self_attn._fsdp_wrapped_module."),
+    ],
+)
+def test_names_of_what_wrapped_the_model(
+    bases: dict[bool, Path], plain_lora: Path, old: str, new: str
+) -> None:
+    """torch.compile, activation checkpointing, FSDP and DDP."""
+    expected = logits_of_peft(bases[False], plain_lora, INPUT_IDS)
+    file = plain_lora / "adapter_model.safetensors"
+    renamed = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+    assert renamed.keys() != load_file(file).keys()
+    save_file(renamed, file)
+    model = load_model(bases[False], dtype=torch.float32)
+    load_lora(model, plain_lora)
+    assert (model(INPUT_IDS) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_biases", [False, True])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases(tmp_path: Path, has_biases: bool, bias: str) -> None:
+    """Of models that have some; those without leave none to train."""
+    base, path = tmp_path / "base", tmp_path / "lora"
+    save_checkpoint_folder(base, attention_bias=has_biases, mlp_bias=has_biases)
+    model = get_peft_model(
+        base_of_peft(base, None),
+        LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", bias=bias),
+    )
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    expected = logits_of_peft(base, path, INPUT_IDS)
+    model, many = (load_model(base, dtype=torch.float32) for _ in range(2))
+    load_lora(model, path)
+    assert (model(INPUT_IDS) - expected).abs().max() < 1e-4
+    load_script("scripts/merge_lora.py").main(path, tmp_path / "merged", base, "32-true")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (theirs(INPUT_IDS).logits - expected).abs().max() < 1e-4
+    enable_multi_lora(many)
+    if has_biases:
+        with pytest.raises(UserError, match=r"has a layers.0.*bias of its own, .*merge_lora.py"):
+            load_adapter(many, "this", path)
+    else:
+        load_adapter(many, "this", path)
+        set_adapters(many, [None, "this"])
+        assert (many(INPUT_IDS)[1] - expected[1]).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_saved_norms_and_projections(bases: dict[bool, Path], tmp_path: Path) -> None:
     """Alone and merged; the rows of a batch cannot have norms of their own."""
     base, path = bases[False], tmp_path / "lora"
@@ -281,7 +340,6 @@ def test_layers_for_decoding_keep_the_tables(
 
 
 UNSUPPORTED = {
-    "biases": (dict(bias="lora_only"), r"bias is 'lora_only', which is not supported"),
     "bias of B": (dict(lora_bias=True), "lora_bias is True"),
     "parameters": (dict(target_parameters=["o_proj.weight"]), "target_parameters is"),
 }
@@ -303,7 +361,10 @@ def test_unsupported_settings_have_a_name(
         (dict(task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
         (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
         (dict(layer_replication=[[0, 2]]), "layer_replication is"),
-        (dict(peft_type="VERA"), "'VERA' is not supported. Known: LORA"),
+        (
+            dict(peft_type="VERA"),
+            r"'VERA' is not supported. Known: LORA, llama_adapter, llama_adapter_v2$",
+        ),
     ],
 )
 def test_settings_that_change_the_sum_are_refused(
@@ -353,7 +414,7 @@ def test_what_a_file_lacks_or_has_too_much(bases: dict[bool, Path], tmp_path: Pa
     make_hf_model(hidden_size=64).save_pretrained(tmp_path / "other")
     refused(weights, "It belongs to another model", tmp_path / "other")
     layer = {key.replace("layers.1", "layers.7"): tensor for key, tensor in weights.items()}
-    refused(layer, r"layers.7.self_attn.q_proj has shapes .* It belongs to another model")
+    refused(layer, r"the model has no layer layers.7.self_attn.q_proj. It belongs to another model")
     settings = json.loads((path / "adapter_config.json").read_text("utf-8"))
     settings["modules_to_save"] = ["classifier", "norm"]  # the former is not in the model
     (path / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
@@ -419,6 +480,125 @@ def test_a_template_or_end_token_without_a_tokenizer(
     assert Tokenizer(tmp_path / "merged").chat_template == "{{ messages[0].content }}"
     settings = json.loads((tmp_path / "merged/generation_config.json").read_text("utf-8"))
     assert settings["eos_token_id"] == [7, 2]
+
+
+def test_what_the_folder_of_the_lora_lacks_is_the_base_s(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path, capsys
+) -> None:
+    """A chat template, beside a tokenizer of the LoRA's own, and which token is BOS."""
+    base = tmp_path / "base"
+    shutil.copytree(bases[False], base)
+    (base / "chat_template.jinja").write_text(CHATML, "utf-8")
+    capsys.readouterr()  # what PEFT has printed
+    _, tokenizer, template = load_finetuned(plain_lora, base, CPU, torch.float32)
+    assert (template, tokenizer.chat_template) == ("chat", CHATML)
+    assert capsys.readouterr().err == (
+        f"{plain_lora}: the prompt template of its training is not recorded. "
+        "Using chat; see --template\n"
+    )
+    save_tokenizer(plain_lora)
+    _, tokenizer, template = load_finetuned(plain_lora, base, CPU, torch.float32)
+    assert tokenizer.path.parent == plain_lora
+    assert (template, tokenizer.chat_template) == ("chat", CHATML)
+    capsys.readouterr()
+    load_script("scripts/merge_lora.py").main(plain_lora, tmp_path / "merged", base, "32-true")
+    assert "prompt template" not in capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
+
+    # without tokenizer_config.json
+    (plain_lora / "tokenizer_config.json").unlink()
+    file = plain_lora / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(file))
+    tokenizer = load_finetuned(plain_lora, base, CPU, torch.float32)[1]
+    assert tokenizer.encode("the fox") == backend.encode("the fox").ids
+    assert tokenizer.bos_id == 1
+
+    # an end token without a tokenizer
+    file.unlink()
+    (plain_lora / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}', "utf-8")
+    model, tokenizer, _ = load_finetuned(plain_lora, base, CPU, torch.float32)
+    assert (tokenizer.path.parent, model.config.eos_token_id) == (base, [0, 2])
+
+
+def new_tokens(path: Path) -> None:
+    """Write a tokenizer that fills the rows of the base, and has chat tokens behind them."""
+    save_tokenizer(path)
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    backend.add_tokens([f"<unused {i}>" for i in range(backend.get_vocab_size(), 384)])
+    backend.add_special_tokens(["<user>", "<model>"])
+    backend.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<model>' }}"
+    template += "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+    (path / "chat_template.jinja").write_text(template, "utf-8")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_new_tokens_in_prompts(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path, tied: bool, capsys, monkeypatch
+) -> None:
+    """They are in each prompt of a LoRA with a larger vocabulary; rows of the base lack them."""
+    base, path = bases[tied], tmp_path / "new"
+    write(base, path, *KINDS["more tokens, LoRA of both"])
+    new_tokens(path)
+    script = load_script("generate/lora.py")
+
+    def answers(*paths: Path) -> dict:
+        (tmp_path / "prompts.txt").write_text("the fox\n", "utf-8")
+        args = script.AnswerArgs(
+            prompt_file=tmp_path / "prompts.txt", max_new_tokens=12, temperature=0
+        )
+        script.main(args, list(paths), base, precision="32-true")
+        return json.loads(capsys.readouterr().out)
+
+    alone = [answers(folder)["answer"] for folder in (path, plain_lora)]
+    together = answers(path, plain_lora)["answers"]
+    assert list(together.values()) == alone
+    monkeypatch.setattr("sys.stdin", StringIO(f"the fox\n/lora {plain_lora}\nthe fox\n"))
+    script = load_script("generate/chat.py")
+    script.main(base, [path], precision="32-true", max_new_tokens=12, temperature=0)
+    assert capsys.readouterr().out.startswith(f"{alone[0]}\n\n{path}, base, [{plain_lora}]\n")
+
+    model = load_model(base, dtype=torch.float32)
+    enable_multi_lora(model, [path])
+    prompts = [torch.tensor([384, 5, 385]), torch.tensor([5, 6])]
+    set_adapters(model, [str(path), None])
+    assert len(generate(model, prompts, 3, temperature=0)) == 2
+    set_adapters(model, [None, str(path)])
+    with pytest.raises(UserError, match="token id 385, the model's embedding only 384 rows"):
+        generate(model, prompts, 3, temperature=0)
+
+
+@pytest.mark.parametrize("script", ["generate/lora.py", "generate/chat.py"])
+def test_a_model_folder_with_an_adapter_config(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path, script: str, capsys, monkeypatch
+) -> None:
+    """Named as the base of two LoRAs, it is the model, as some tools leave it."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(bases[False], base)
+    shutil.copy(plain_lora / "adapter_config.json", base)
+    shutil.copytree(plain_lora, other)
+    for path in (plain_lora, other):
+        file = path / "adapter_config.json"
+        settings = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": str(base)}
+        file.write_text(json.dumps(settings), "utf-8")
+    module = load_script(script)
+    monkeypatch.setattr("sys.stdin", StringIO("the fox\n"))
+    if script == "generate/lora.py":
+        module.main(module.AnswerArgs(prompt="the fox", max_new_tokens=4), [plain_lora, other])
+    else:
+        module.main(None, [plain_lora, other], max_new_tokens=4)
+    assert capsys.readouterr().out
+
+
+def test_a_lora_in_the_place_of_the_model(plain_lora: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}]', "utf-8")
+    main = load_script("scripts/prepare_json.py").main
+    for _ in range(2):  # without a tokenizer, and with one
+        with pytest.raises(UserError, match=r"lora: .*a LoRA or adapter: pass its base"):
+            main(tmp_path / "a.json", plain_lora, tmp_path / "data")
+        save_tokenizer(plain_lora)
 
 
 def test_each_row_has_its_own_tokenizer_and_end(

@@ -29,11 +29,13 @@ PICKLED_FILE = "adapter_model.bin"  # PEFT's before 0.7
 PREFIX = "base_model.model."  # PEFT's, before the names of transformers
 # Settings that change what a LoRA computes, in ways that `LoRALinear` does not.
 UNSUPPORTED = (
-    *("bias", "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens"),
+    *("lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 # Initializations that change the base weights, too.
 UNSUPPORTED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Parts of names that torch.compile, activation checkpointing, FSDP and DDP add.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_(checkpoint|fsdp)_wrapped_module|module)\.")
 # In the names of PEFT's tensors: a LoRA's, with or without the name of the adapter...
 LORA_TENSOR = re.compile(
     r"(?P<layer>.+)\.lora_(?:embedding_)?(?P<kind>A|B|magnitude_vector)"
@@ -162,7 +164,10 @@ def read_lora(path: Path, model: LLaMAConfig) -> SavedLoRA:
     for layer in sorted(parts):
         a, b, magnitude = (parts[layer].get(kind) for kind in ("A", "B", "magnitude_vector"))
         r = 0 if a is None else len(a)
-        out_features, in_features = shapes.get(f"{layer}.weight", (0, 0))
+        if f"{layer}.weight" not in shapes:
+            problem = f"the model has no layer {layer}"
+            raise UserError(f"{path}: {problem}. It belongs to another model")
+        out_features, in_features = shapes[f"{layer}.weight"]
         tokens = vocab_size
         if layer == EMBEDDING and a is not None:
             out_features, in_features = in_features, (tokens := a.size(-1))
@@ -189,7 +194,7 @@ def _sort_tensors(
     indices = settings.get("trainable_token_indices") or []
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(lora.path)[0].items():
-        name = key.removeprefix(PREFIX).removeprefix("model.")
+        name = WRAPPERS.sub("", key).removeprefix(PREFIX).removeprefix("model.")
         if tensor.numel() == 0:
             problem = f"{key} is empty, as DeepSpeed leaves it if it saves without gathering"
             raise UserError(f"{lora.path}: {problem}. Save it again")
@@ -293,7 +298,7 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
     if kind != "LORA" or not {"r", "lora_alpha"} <= settings.keys():
         raise UserError(f"{file}: peft_type is {kind!r}, not a LORA with r and lora_alpha")
     for key in UNSUPPORTED:
-        if settings.get(key) and settings[key] != "none":
+        if settings.get(key):
             raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
     if (task := settings.get("task_type")) not in (None, "CAUSAL_LM"):
         raise UserError(f"{file}: task_type is {task!r}, which is not supported")
