@@ -49,7 +49,7 @@ def main(
             context, at most 2048).
         stride: Tokens from one window of a text to the next (default: half the window).
         template: Prompt template of records: alpaca, chatml, llama3, chat or none (default: that
-            of the training, else alpaca for a method and the folder's own for a model).
+            of the training, else chat if there is one, else alpaca, and none for a model).
         columns: Column names of the records.
         batch_tokens: Tokens per batch. Changes memory, not results.
         precision: Dtype of the model.

@@ -56,7 +56,7 @@ class LLaMAConfig:
         if not path.exists():
             hint = "no config.json there. Run scripts/download.py first"
             if path.with_name("adapter_config.json").exists():
-                hint = "a LoRA or adapter, no model. Pass it as --lora_path (or --init_from)"
+                hint = "a LoRA or adapter: pass its base here, and it as --lora_path or --init_from"
             raise UserError(f"{path.parent}: {hint}")
         raw = read_json(path)
         for key, values in SUPPORTED.items():

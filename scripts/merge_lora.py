@@ -46,9 +46,10 @@ def main(
     load_method(model, lora_path)  # merges whatever can be merged
     if len(list(model.parameters())) > len(base_parameters(model)):
         raise UserError(f"{lora_path}: was trained with an adapter, which cannot be merged")
-    config = replace(model.config, eos_token_id=prompt_format(lora_path, base).eos_ids)
     template = training_template(lora_path) or ""
-    tensors, others = model.named_parameters(), prompt_files(lora_path, base)
+    form = prompt_format(lora_path, base, template or "none")
+    config = replace(model.config, eos_token_id=form.eos_ids)
+    tensors, others = model.named_parameters(), prompt_files(lora_path, base, form)
     save_model_folder(out_dir, config, tensors, others, template)
     print(f"merged model in {out_dir}")
 

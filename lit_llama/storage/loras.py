@@ -1,5 +1,6 @@
 """Apply a saved LoRA to a model: to answer, for rows of a batch, or to continue its training."""
 
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lit_llama.multi_lora import LoRAWeights, MultiLoRATable, multi_lora_layers
 from lit_llama.storage import model_folder
 from lit_llama.storage.model_folder import EMBEDDING, HEAD
 from lit_llama.storage.peft import SavedLoRA, read_lora
+from lit_llama.storage.tokenizer_files import has_tokenizer, read_chat_template
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.wrapping import base_linears, base_name, base_parameters
 
 
@@ -96,7 +99,24 @@ def starting_config(config: LoRAConfig, path: Path | None, checkpoint_dir: Path)
     note = f"; ignored: {', '.join(f'--lora.{f}' for f in ignored)}" if ignored else ""
     about = f"rank {start.r}, alpha {start.alpha:g}, targets {', '.join(start.targets)}"
     rank_zero_only(print)(f"starting from {path}: {about}{note}")
+    if others := _other_format(path, checkpoint_dir):
+        problem = f"its {' and '.join(others)}, other than the model's, will not be used"
+        hint = "To keep them, merge it first and finetune that: scripts/merge_lora.py"
+        rank_zero_only(print)(f"warning: --init_from {path}: {problem}. {hint}", file=sys.stderr)
     return start
+
+
+def _other_format(path: Path, checkpoint_dir: Path) -> list[str]:
+    """Name what a LoRA's folder has beside its weights, and the model has another of."""
+    others = []
+    if has_tokenizer(path):
+        own, base = Tokenizer(path), Tokenizer(checkpoint_dir)
+        same = ("vocab_size", "added", "adds_bos") + ("eos_id",) * (own.eos_id is not None)
+        if any(getattr(own, name) != getattr(base, name) for name in same):
+            others.append("tokenizer")
+    if read_chat_template(path) not in (None, read_chat_template(checkpoint_dir)):
+        others.append("chat template")
+    return others
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The table of finetuning methods, and loading of whatever a finetuning run has saved."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from lit_llama.errors import UserError
 from lit_llama.lora import LoRALinear, apply_lora, merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.storage import files, loras, model_folder, peft
-from lit_llama.storage.tokenizer_files import read_chat_template
+from lit_llama.storage.tokenizer_files import has_tokenizer, read_chat_template, read_named_tokens
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.wrapping import base_name, unfreeze
 
@@ -144,7 +145,7 @@ def load_method(model: LLaMA, path: Path) -> None:
     name = settings.get("method") or settings.get("peft_type")
     method = METHODS.get(name)
     if method is None or method.load is None:
-        known = ", ".join(METHODS)
+        known = ", ".join(key for key, other in METHODS.items() if other.load is not None)
         raise UserError(f"{path / peft.CONFIG_FILE}: {name!r} is not supported. Known: {known}")
     method.load(model, path)
     if method.merge is not None:
@@ -182,52 +183,53 @@ def prompt_format(path: Path, base: Path, template: str | None = None) -> Prompt
     """Return the tokenizer, template and end tokens of a result on the model in `base`.
 
     Those in the result's own folder come before the base's. A template that is not recorded is
-    chat if the folder of the result has a chat template, else alpaca; chat or none for a model.
+    chat if one of the two folders has a chat template, else alpaca; chat or none for a model.
     """
-    eos = _as_list(LLaMAConfig.from_checkpoint(base).eos_token_id)
-    tokenizer = Tokenizer(tokenizer_dir(path, base))
     if path != base:
         peft.read_settings(path)  # raises UserError if nothing is there
-        own = read_chat_template(path)
-        if not _has_tokenizer(path):
-            tokenizer.chat_template = own or tokenizer.chat_template
-        elif tokenizer.eos_id is not None:
-            eos = [tokenizer.eos_id, *eos]
+    eos = _as_list(LLaMAConfig.from_checkpoint(base).eos_token_id)
+    tokenizer = Tokenizer(tokenizer_dir(path, base))
+    template = template or training_template(path)
+    if path != base:
+        tokenizer.chat_template = read_chat_template(path) or read_chat_template(base)
+        # a folder may name its end token without a tokenizer of its own
+        end = tokenizer.added.get(read_named_tokens(path).get("eos_token"))
+        eos = [tokenizer.eos_id if has_tokenizer(path) else end, *eos]
         if (path / GENERATION_CONFIG).is_file():
             eos = [*_as_list(read_json(path / GENERATION_CONFIG).get("eos_token_id")), *eos]
-        default = "chat" if own else "alpaca"
-    else:
-        default = "chat" if tokenizer.chat_template else "none"
-    eos = list(dict.fromkeys(eos))
-    eos = eos if len(eos) > 1 else next(iter(eos), None)
-    return PromptFormat(tokenizer, template or training_template(path) or default, eos)
+    if template is None:
+        template = "chat" if tokenizer.chat_template else "none" if path == base else "alpaca"
+        if path != base:
+            problem = "the prompt template of its training is not recorded"
+            print(f"{path}: {problem}. Using {template}; see --template", file=sys.stderr)
+    eos = list(dict.fromkeys(index for index in eos if index is not None))
+    return PromptFormat(tokenizer, template, eos if len(eos) > 1 else next(iter(eos), None))
 
 
 def tokenizer_dir(path: Path, base: Path) -> Path:
     """Return the folder of a result's tokenizer: its own if it has one, else the base model's."""
-    return path if _has_tokenizer(path) else base
+    return path if has_tokenizer(path) else base
 
 
-def prompt_files(path: Path, base: Path) -> dict[str, bytes]:
-    """Return the tokenizer files and generation_config.json of a result merged into `base`."""
-    eos = prompt_format(path, base).eos_ids
+def prompt_files(path: Path, base: Path, form: PromptFormat) -> dict[str, bytes]:
+    """Return the tokenizer files and generation_config.json of a result merged into `base`.
+
+    `form` is the `prompt_format` of the two.
+    """
     contents, own = model_folder.tokenizer_files(base), model_folder.tokenizer_files(path)
     generation = own.get(GENERATION_CONFIG, contents.get(GENERATION_CONFIG))
-    if _has_tokenizer(path):  # files of two tokenizers do not go together
+    if has_tokenizer(path):  # files of two tokenizers do not go together
         contents = own
-    elif template := read_chat_template(path):
+    template = form.tokenizer.chat_template
+    if template and template != read_chat_template(tokenizer_dir(path, base)):
         contents["chat_template.jinja"] = template.encode()
     if generation is not None:
         settings = json.loads(generation)
-        if not {*_as_list(eos)} <= {*_as_list(settings.get("eos_token_id"))}:
-            settings["eos_token_id"] = eos
+        if not {*_as_list(form.eos_ids)} <= {*_as_list(settings.get("eos_token_id"))}:
+            settings["eos_token_id"] = form.eos_ids
             generation = (json.dumps(settings, indent=2) + "\n").encode()
         contents[GENERATION_CONFIG] = generation
     return contents
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -37,10 +37,11 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
         path = path.with_suffix(".model")
     if not path.exists():
         problem = "no tokenizer.json and no tokenizer.model there"
-        raise UserError(f"{checkpoint_dir}: {problem}. Run scripts/download.py first")
-    options = _read(checkpoint_dir, "special_tokens_map.json") | _read(
-        checkpoint_dir, "tokenizer_config.json"
-    )
+        hint = "Run scripts/download.py first"
+        if (checkpoint_dir / "adapter_config.json").exists():
+            hint = "It is a LoRA or adapter: pass its base model"
+        raise UserError(f"{checkpoint_dir}: {problem}. {hint}")
+    options = _read_options(checkpoint_dir)
     # tokens that a finetuning added may be in either of these files only
     entries = options.get("added_tokens_decoder") or {}
     added = _read(checkpoint_dir, "added_tokens.json")
@@ -56,9 +57,7 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     except Exception as error:  # the type that `tokenizers` raises
         raise UserError(f"{path}: not a tokenizer ({error}). Download it again") from None
 
-    named = {key: value for key, value in options.items() if key.endswith("_token")}
-    named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    files.named = {key: value for key, value in named.items() if isinstance(value, str)}
+    files.named = read_named_tokens(checkpoint_dir)
     # the ids of config.json come last: a finetuned model may stop at another token
     config = _read(checkpoint_dir, "config.json")
     for name, own in (("bos", files.bos_id), ("eos", files.eos_id)):
@@ -66,6 +65,9 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
         default = default[0] if isinstance(default, list) else default
         index = files.added.get(files.named.get(f"{name}_token"), default)
         setattr(files, f"{name}_id", index)
+    first = next(iter(files.first_ids or []), None)
+    if files.bos_id is None and first in files.specials.values():
+        files.bos_id = first  # named nowhere, but tokenizer.json puts it before each text
     adds_bos = options.get("add_bos_token")
     if adds_bos is None:
         # sentencepiece: all of these models were trained with BOS
@@ -73,6 +75,22 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     files.adds_bos = adds_bos and files.bos_id is not None
     files.chat_template = read_chat_template(checkpoint_dir)
     return files
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Check whether a folder has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def read_named_tokens(folder: Path) -> dict[str, str]:
+    """Read the spellings of "bos_token", "eos_token"... of a folder, which may have none."""
+    named = {key: value for key, value in _read_options(folder).items() if key.endswith("_token")}
+    named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    return _read(folder, "special_tokens_map.json") | _read(folder, "tokenizer_config.json")
 
 
 def read_chat_template(folder: Path) -> str | None:
