@@ -191,7 +191,8 @@ def prompt_format(path: Path, base: Path, template: str | None = None) -> Prompt
     tokenizer = Tokenizer(tokenizer_dir(path, base))
     template = template or training_template(path)
     if path != base:
-        tokenizer.chat_template = read_chat_template(path) or read_chat_template(base)
+        own = read_chat_template(path)
+        tokenizer.chat_template = own or read_chat_template(base)
         # a folder may name its end token without a tokenizer of its own
         end = tokenizer.added.get(read_named_tokens(path).get("eos_token"))
         eos = [tokenizer.eos_id if has_tokenizer(path) else end, *eos]
@@ -199,7 +200,7 @@ def prompt_format(path: Path, base: Path, template: str | None = None) -> Prompt
             eos = [*_as_list(read_json(path / GENERATION_CONFIG).get("eos_token_id")), *eos]
     if template is None:
         template = "chat" if tokenizer.chat_template else "none" if path == base else "alpaca"
-        if path != base:
+        if path != base and not own:
             problem = "the prompt template of its training is not recorded"
             print(f"{path}: {problem}. Using {template}; see --template", file=sys.stderr)
     eos = list(dict.fromkeys(index for index in eos if index is not None))
