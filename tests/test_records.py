@@ -45,6 +45,45 @@ FORMATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [QUESTION, ANSWER],
     ),
     "messages": ({"messages": TALK}, TALK),
+    "input and output": ({"input": Q, "output": A}, [QUESTION, ANSWER]),
+    "the same system message twice": ({"messages": TALK, "system": SYSTEM["content"]}, TALK),
+    "empty messages beside conversations": (
+        {"messages": [], "conversations": FROM},
+        [QUESTION, ANSWER],
+    ),
+    "empty cells beside a text": (
+        {"instruction": "", "output": "", "messages": "", "text": Q},
+        [{"role": "text", "content": Q}],
+    ),
+    "an answer in JSON": (
+        {"instruction": Q, "output": '[{"from": "Berlin", "to": "Bonn"}]'},
+        [QUESTION, {"role": "assistant", "content": '[{"from": "Berlin", "to": "Bonn"}]'}],
+    ),
+    "the question in both": (
+        {"prompt": Q, "input": "tonight", "completion": [QUESTION, ANSWER]},
+        [{**QUESTION, "input": "tonight"}, ANSWER],
+    ),
+    "structs of Parquet with the keys of two formats": (
+        {"messages": [{**turn, "role": None, "content": None} for turn in FROM]},
+        [QUESTION, ANSWER],
+    ),
+    "calls under the names of ShareGPT": (
+        {
+            "conversations": [
+                *FROM[:1],
+                {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "7"},
+                *FROM[1:],
+            ]
+        },
+        [
+            QUESTION,
+            {"role": "assistant", "content": "{}"},
+            {"role": "tool", "content": "7"},
+            ANSWER,
+        ],
+    ),
+    "an input of a turn": ({"messages": [{**QUESTION, "input": "x"}, ANSWER]}, [QUESTION, ANSWER]),
     "messages beside a system column": ({"messages": TALK[1:], "system": SYSTEM["content"]}, TALK),
     "ShareGPT": ({"conversations": FROM}, [QUESTION, ANSWER]),
     "ShareGPT's roles in messages": (
@@ -73,7 +112,7 @@ FORMATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "messages as JSON text": ({"messages": json.dumps(TALK)}, TALK),
     "turns of a completion as JSON text": (
-        {"prompt": Q, "completion": json.dumps([ANSWER])},
+        {"prompt": Q, "completion": json.dumps([ANSWER], indent=1, sort_keys=True)},
         [QUESTION, ANSWER],
     ),
     "a tool call without content": (
@@ -119,6 +158,19 @@ def test_columns_under_other_names() -> None:
     assert to_messages({"body": Q}, Columns(text="body"), "") == [{"role": "text", "content": Q}]
 
 
+def test_a_name_that_is_given_has_to_be_there() -> None:
+    """No other format is taken in its place, and nothing is read twice."""
+    columns = Columns(instruction="input")
+    assert to_messages({"input": Q, "output": A}, columns, "") == [QUESTION, ANSWER]
+    record = {"prompt": Q, "completion": "x", "response": A, "conversations": FROM}
+    for name in ("output", "instruction"):
+        columns = Columns(**{name: "response_"}, messages="none")
+        with pytest.raises(UserError, match="no column"):
+            to_messages(record, columns, "")
+    with pytest.raises(UserError, match="no column"):
+        to_messages({"conversations": FROM}, Columns(messages="mesages"), "")
+
+
 def test_used_columns_are_noted() -> None:
     used: set[str] = set()
     to_messages({"instruction": Q, "output": A, "history": [], "id": 3}, Columns(), "", used)
@@ -131,6 +183,48 @@ def test_an_error_names_record_field_content_and_what_was_expected() -> None:
     with pytest.raises(UserError) as error:
         to_messages(record, Columns(), "a.json, record 7")
     assert str(error.value) == "a.json, record 7: messages[1].content is 42, expected text"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"messages": TALK, "system": "Be loud."},
+            r"system is .*, expected that of messages\[0\], or none",
+        ),
+        (
+            {"instruction": Q, "output": A, "history": [[Q, None]]},
+            r"history\[0\]\[1\] is null, expected text",
+        ),
+        (
+            {"messages": [QUESTION, {**ANSWER, "reasoning_content": "\ud83d"}]},
+            r"messages\[1\] is .*, expected valid Unicode",
+        ),
+    ],
+)
+def test_a_record_with_a_mistake(record: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        to_messages(record, Columns(), "here")
+
+
+def test_a_date_that_python_does_not_know(tmp_path: Path) -> None:
+    dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"date": dates}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: malformed \("):
+        list(read_records(tmp_path / "a.parquet"))
+
+
+def test_a_damaged_file_of_gzip(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(LINES.encode()))
+    messages = set()
+    for place in range(10, len(content), 7):
+        damaged = content.copy()
+        damaged[place] ^= 16
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a.jsonl.gz") as error:
+            list(read_records(tmp_path / "a.jsonl.gz"))
+        messages.add(str(error.value).rpartition(". ")[2])
+    assert "Download it again" in messages
 
 
 RECORDS = [{"instruction": f"{Q} {n}\u2028", "output": f'"{A}"\n' * n} for n in range(1, 40)]
@@ -164,6 +258,7 @@ FILES = {
     "a.csv": table(",").encode(),
     "a.tsv": table("\t").encode(),
     "semicolons.csv": table(";").encode("utf-16"),
+    "sep.csv": ("sep=;\r\n" + table(";")).encode(),
     "json.csv": LINES.encode(),
     "a.jsonl.gz": gzip.compress(LINES.encode()),
     "misnamed.json": gzip.compress(json.dumps(RECORDS).encode()),

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,12 +17,20 @@ from lit_llama.prompts import Messages
 
 COMPRESSED = {".gz", ".bz2", ".zst"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
-ABOUT_FILES = {"dataset_info.json", "dataset_infos.json"}  # of datasets on the hub
+# beside the records, of the `datasets` library
+ABOUT_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# files that are something else, by how they start
+OTHER_FILES = {b"PK\x03\x04": "an Excel or ZIP file. Save it as CSV, or unpack it"}
+OTHER_FILES |= dict.fromkeys(
+    (b"ARRO", b"\xff\xff\xff\xff"), "an Arrow file. Write it with to_parquet or to_json"
+)
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 ROLES |= {"chatgpt": "assistant", "developer": "system", "ipython": "tool"}
+ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 CONVERSATIONS = ("conversations", "conversation")  # common names beside `messages`
 CHUNK = 1 << 20  # characters
+EMPTY = (None, "", [])
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Columns:
     """Names of a record's fields.
 
     Args:
-        instruction: Task or question; else `prompt`.
+        instruction: Task or question; else `prompt`, else `input`.
         input: Further context; may be missing or empty.
         output: Answer to learn; else `completion`.
         system: System message; may be missing or empty.
@@ -84,8 +93,10 @@ def read_records(source: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file}, record {number}", record
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 ({error.reason}). Save it as UTF-8") from None
-        except (OSError, EOFError) as error:
-            problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        except (EOFError, zlib.error) as error:
+            raise UserError(f"{file}: cannot be unpacked ({error}). Download it again") from None
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror or error})"
             raise UserError(f"{file}: {problem}. Pass a file with --source") from None
     if empty:
         raise UserError(f"{source}: holds no records. Pass JSON, JSONL, CSV or Parquet")
@@ -94,6 +105,8 @@ def read_records(source: Path) -> Iterator[tuple[str, Any]]:
 def _read_file(file: Path) -> Iterator[Any]:
     with _open(file) as handle:
         start = handle.peek(4)[:4]
+        if start in OTHER_FILES:
+            raise UserError(f"{file}: {OTHER_FILES[start]}")
         if start == b"PAR1":
             yield from _read_parquet(file)
             return
@@ -143,7 +156,9 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except UnicodeDecodeError:
+        raise
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:  # such as of a date
         raise UserError(f"{file}: malformed ({error}). Download it again") from None
 
 
@@ -174,7 +189,12 @@ def _read_json(handle: IO[str], buffer: str, file: Path) -> Iterator[Any]:
                 if start == len(buffer) and not in_array:
                     return
                 line += buffer.count("\n", 0, error.pos)
-                raise UserError(f"{file}, line {line}: malformed ({error.msg})") from None
+                hint = "" if is_records_file(file.name) else '. A text goes into {"text": "..."}'
+                raise UserError(f"{file}, line {line}: malformed ({error.msg}){hint}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits
+            if isinstance(error, UnicodeDecodeError):
+                raise
+            raise UserError(f"{file}: malformed ({error})") from None
         line += buffer.count("\n", 0, start)
         buffer, start, size = buffer[start:] + more, 0, 2 * size
 
@@ -182,6 +202,8 @@ def _read_json(handle: IO[str], buffer: str, file: Path) -> Iterator[Any]:
 def _read_csv(lines: IO[str], file: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # default: 128 kB
     header = lines.readline()
+    if header.startswith("sep="):  # as Excel writes it
+        header = lines.readline()
     # Excel separates by semicolons where a comma is the decimal point
     delimiter = max(",;\t", key=header.count)
     rows = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
@@ -212,17 +234,19 @@ def to_messages(
     if not isinstance(record, dict):
         raise UserError(f"{where}: is {_show(record)}, expected an object")
     reader = _Reader(record, columns, where, set() if used is None else used)
-    pairs = [(columns.instruction, columns.output), ("prompt", "completion")]
-    pairs = [pair for pair in pairs if record.keys() >= set(pair)]
-    places = [name for name in (columns.messages, *CONVERSATIONS) if name in record]
-    turns = [name for name in places if record[name] is not None]
-    # a table has all columns in all records, null where another format is used
-    filled = [pair for pair in pairs if any(record[name] is not None for name in pair)]
     is_named = (columns.instruction, columns.output) != ("instruction", "output")
+    others = [] if is_named else [("prompt", "completion"), ("input", "output")]
+    pairs = [(columns.instruction, columns.output), *others]
+    pairs = [pair for pair in pairs if record.keys() >= set(pair)]
+    places = [columns.messages, *(CONVERSATIONS if columns.messages == "messages" else ())]
+    places = [name for name in places if name in record]
+    # a table has all columns in all records, empty where another format is used
+    turns = [name for name in places if record[name] not in EMPTY]
+    filled = [pair for pair in pairs if any(record[name] not in EMPTY for name in pair)]
     if columns.text in record and columns.text != "text":
         return [{"role": "text", "content": reader.string(columns.text)}]
     if turns and not (is_named and filled):
-        return reader.system() + reader.turns(turns[0])
+        return reader.conversation(turns[0])
     if pairs and (filled or columns.text not in record):
         return reader.system() + reader.answer(*(filled or pairs)[0])
     if columns.text in record and not is_named:
@@ -230,12 +254,14 @@ def to_messages(
     if places:
         return []  # an empty conversation
     missing = next(n for n in (columns.instruction, columns.output) if n not in record)
+    problem = f"no column {missing!r}, found: {', '.join(record)}"
+    hint = "Name the columns with --columns.*"
     lists = [name for name, value in record.items() if isinstance(value, list)]
-    if len(lists) == len(record) == 1:
-        hint = "Put its elements into a file of their own"
-        raise UserError(f"{where}: the records are in a list {lists[0]!r}. {hint}")
-    hint = f"found: {', '.join(record)}. Name the columns with --columns.*"
-    raise UserError(f"{where}: no column {missing!r}, {hint}")
+    if lists:
+        hint += f", or put the records of {lists[0]!r} into a file of their own"
+    elif reader.is_turn(record):
+        hint = f"Put the turns of a conversation into a list {columns.messages!r}"
+    raise UserError(f"{where}: {problem}. {hint}")
 
 
 class _Reader:
@@ -285,6 +311,16 @@ class _Reader:
         text = self.string(self.columns.system)
         return [{"role": "system", "content": text}] if text else []
 
+    def conversation(self, name: str) -> Messages:
+        """Return the turns of a conversation, after the system message."""
+        turns, system = self.turns(name), self.system()
+        if system and turns[0]["role"] == "system":
+            if turns[0]["content"] != system[0]["content"]:
+                expected = f"that of {name}[0], or none"
+                raise self.fail(self.columns.system, system[0]["content"], expected)
+            return turns
+        return system + turns
+
     def answer(self, instruction: str, output: str) -> Messages:
         """Return a question and its answer, after the history. Both may be lists of turns."""
         messages: Messages = []
@@ -293,7 +329,7 @@ class _Reader:
             field = f"{history}[{number}]"
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self.fail(field, pair, "a pair [question, answer]")
-            question, answer = (self.text(text, field) for text in pair)
+            question, answer = (self.text(text, f"{field}[{n}]") for n, text in enumerate(pair))
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         if self.has_turns(instruction):
@@ -301,17 +337,33 @@ class _Reader:
             messages += [turn | {"learn": False} for turn in self.turns(instruction)]
         else:
             user = {"role": "user", "content": self.string(instruction)}
-            if context := self.string(self.columns.input):
-                user["input"] = context
+            context = self.columns.input
+            if context not in (instruction, output, self.columns.system) and self.string(context):
+                user["input"] = self.string(context)
             messages.append(user)
         if self.has_turns(output):
-            return messages + self.turns(output)
+            turns = self.turns(output)
+            again = [turn for turn in turns[:1] if turn["role"] == "user"]
+            if again and messages and again[0].items() <= messages[-1].items():
+                turns = turns[1:]
+            return messages + turns
         return [*messages, {"role": "assistant", "content": self.string(output)}]
 
     def has_turns(self, name: str) -> bool:
         """Check for a list of turns, in a CSV file as JSON."""
         value = self.record[name]
-        return isinstance(value, list) or str(value).lstrip().startswith(('[{"role"', '[{"from"'))
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                return False
+            # an answer may be JSON as well: [{"from": "Berlin", "to": "Bonn"}]
+            return bool(value) and all(map(self.is_turn, value))
+        return isinstance(value, list)
+
+    def is_turn(self, value: Any) -> bool:
+        keys = (self.columns.role, "from"), (self.columns.content, "value")
+        return isinstance(value, dict) and all(value.keys() & set(names) for names in keys)
 
     def turns(self, name: str) -> Messages:
         """Return the turns of a conversation, in any of the common spellings."""
@@ -321,9 +373,10 @@ class _Reader:
     def turn(self, turn: Any, field: str) -> dict[str, Any]:
         if not isinstance(turn, dict):
             raise self.fail(field, turn, "an object with role and content")
-        role_key = next((k for k in (self.columns.role, "from") if k in turn), None)
-        content_key = next((k for k in (self.columns.content, "value") if k in turn), None)
-        if content_key is None and turn.get("tool_calls"):
+        keys = [k for k, value in turn.items() if value is not None] + list(turn)
+        role_key = next((k for k in keys if k in (self.columns.role, "from")), None)
+        content_key = next((k for k in keys if k in (self.columns.content, "value")), None)
+        if content_key is None and (turn.get("tool_calls") or turn.get("function_call")):
             turn, content_key = turn | {"content": ""}, "content"
         if role_key is None or content_key is None:
             hint = "role and content. Name them with --columns.role, --columns.content"
@@ -332,7 +385,7 @@ class _Reader:
         known = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known is None:
             raise self.fail(f"{field}.{role_key}", role, "system, user, assistant or tool")
-        own = (role_key, content_key, "learn")  # the last one is ours
+        own = (role_key, content_key, "learn", "input")  # the last two are ours
         rest = {k: v for k, v in turn.items() if k not in own and v is not None}
         content = "" if turn[content_key] is None else turn[content_key]
         message = {"role": known, "content": self.text(content, f"{field}.{content_key}")}
@@ -343,6 +396,11 @@ class _Reader:
                     raise self.fail(f"{field}.{key}", value, "0, 1, true or false")
                 if not value:
                     message["learn"] = False
+        if rest:
+            try:
+                json.dumps(rest, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                raise self.fail(field, turn, "valid Unicode") from None
         return rest | message
 
 
