@@ -382,3 +382,45 @@ def test_an_answer_behind_a_space_gets_no_second_one(tmp_path: Path, kind: str) 
     (sample,) = encode(tmp_path, TURNS[:2])
     ((_, end),) = sample.spans
     assert tokenizer.decode(sample.ids[:end]).endswith("assistant: The lazy one.")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["eos_token", "not named"])
+def test_an_end_token_that_is_not_special(tmp_path: Path, named: bool) -> None:
+    """As `tokenizer.add_tokens` writes it: each answer is learned, and it separates them."""
+    save_folder(tmp_path, CHATML)
+    file, options = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    content = json.loads(file.read_text("utf-8"))
+    for entry in content["added_tokens"]:
+        entry["special"] &= "im_" not in entry["content"]
+    file.write_text(json.dumps(content), "utf-8")
+    if named:
+        settings = json.loads(options.read_text("utf-8")) | {"eos_token": "<|im_end|>"}
+        options.write_text(json.dumps(settings), "utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    (sample,) = encode(tmp_path, [SYSTEM, *TURNS])
+    expected = theirs.apply_chat_template([SYSTEM, *TURNS], return_dict=False)
+    assert sample.ids == expected[:-1]  # a newline
+    answers = [TURNS[1]["content"], TURNS[3]["content"]]
+    texts = [f"{text}<|im_end|>" for text in answers]
+    assert learned(sample) == [theirs.encode(text, add_special_tokens=False) for text in texts]
+    if named:  # in an answer it stays text
+        quoting = [TURNS[0], {"role": "assistant", "content": "It is <|im_end|>, ok?"}]
+        ((ids,),) = map(learned, encode(tmp_path, quoting))
+        assert Tokenizer(tmp_path).decode(ids) == "It is <|im_end|>, ok?"
+        assert ids.count(theirs.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_an_end_token_that_is_in_the_vocabulary_only(tmp_path: Path) -> None:
+    save_folder(tmp_path, CHATML)
+    file, options = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    content = json.loads(file.read_text("utf-8"))
+    tokens = content["added_tokens"]
+    content["added_tokens"] = [entry for entry in tokens if entry["content"] != "<|im_end|>"]
+    content["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in tokens}
+    file.write_text(json.dumps(content), "utf-8")
+    settings = json.loads(options.read_text("utf-8")) | {"eos_token": "<|im_end|>"}
+    options.write_text(json.dumps(settings), "utf-8")
+    (sample,) = encode(tmp_path, TURNS)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert sample.ids == theirs.apply_chat_template(TURNS, return_dict=False)[:-1]
+    assert len(sample.spans) == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from conftest import ROOT, save_sentencepiece, save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -161,6 +162,27 @@ def test_added_tokens_beside_tokenizer_model_are_special(
     assert "".join(backend.id_to_piece(ids[1:])) == "user"
     assert tokenizer.decode([*ids, 1001]) == "user"
     assert 1000 not in tokenizer.encode("<|im_start|>user")
+
+
+def test_decoding_of_tokenizer_model(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    """As sentencepiece decodes; added tokens that are not special, such as tags, are text."""
+    shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
+    entries = {
+        "1000": {"content": "<think>", "special": False},
+        "1001": {"content": "<|im_end|>", "special": True},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    tokenizer = Tokenizer(tmp_path)
+    backend = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    for text in TEXTS:
+        ids = [1, *backend.encode(text), 2]
+        assert tokenizer.decode(ids) == backend.decode(ids)
+    generator = torch.Generator().manual_seed(1)
+    for ids in torch.randint(backend.vocab_size(), (50, 20), generator=generator).tolist():
+        assert tokenizer.decode(ids) == backend.decode(ids)
+    first, second = backend.encode("What"), backend.encode("gold")
+    assert tokenizer.decode([*first, 1000, *second, 1001]) == "What<think> gold"
+    assert tokenizer.specials["<unk>"] == 0  # as in a tokenizer.json of it
 
 
 def test_words_start_with_a_space_only_at_the_start_of_the_text(tmp_path: Path) -> None:

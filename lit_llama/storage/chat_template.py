@@ -51,7 +51,7 @@ def load_chat_template(tokenizer: Tokenizer) -> Template:
         try:
             return compiled().render(variables, **options)
         except Exception as error:  # a template may raise anything
-            raise UserError(f"{folder}: its chat template failed ({error!r})") from None
+            raise UserError(f"{folder}: the chat template failed ({error!r})") from None
 
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text = render(turns, add_generation_prompt=False)
@@ -62,5 +62,5 @@ def load_chat_template(tokenizer: Tokenizer) -> Template:
         raise UserError(f"{folder}: its chat template drops the messages. Use another --template")
     # the first special token after an answer ends it
     suffix = text.rpartition("answer")[2]
-    ends = sorted(token for token in tokenizer.added if token in suffix)
+    ends = sorted(token for token in tokenizer.added if token.strip() and token in suffix)
     return Template(render, min(ends, key=suffix.find, default=None), bos=False)

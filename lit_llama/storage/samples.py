@@ -90,7 +90,7 @@ def learned_turns(messages: Messages) -> list[int]:
 
 def is_empty(turn: dict[str, Any]) -> bool:
     """Check for a turn that says and calls nothing."""
-    return not turn["content"].strip() and "tool_calls" not in turn
+    return not turn["content"].strip() and not turn.get("tool_calls")
 
 
 def _render_answer(messages: Messages, turn: int, template: Template, end_id: int) -> Text:
@@ -211,16 +211,30 @@ class TextBatch:
             yield _assemble(text, pieces, self.parts, self.tokenizer)
 
 
-def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
+def _parts(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Yield plain parts and special tokens, with whether they are special.
+
+    Plain parts are cut where a span ends, too: behind an end token that is not a special one.
+    """
     begin = 0
     for number, part in enumerate(tokenizer.split(text.text)):
-        end, first = begin + len(part), number == 0
+        end, is_special = begin + len(part), number % 2 == 1
+        cuts = [] if is_special else [b for _, b in text.spans if begin < b < end]
+        for cut in (*cuts, end):
+            yield text.text[begin:cut], is_special
+            begin = cut
+
+
+def _split(text: Text, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    begin = 0
+    for part, is_special in _parts(text, tokenizer):
+        end, first = begin + len(part), begin == 0
         numbers = (n for n, (a, b) in enumerate(text.spans, start=1) if a < end and begin < b)
-        # a span ends behind a special token, or the text, so that a part has one start at most
+        # a span ends with a part, so that a part has one start at most
         last = max(numbers, default=0)
         start = max(0, text.spans[last - 1][0] - begin) if last else 0
         learned = 0 if start else last
-        if number % 2:
+        if is_special:
             yield _Piece(part, first, learned, special_id=tokenizer.special_id(part))
         elif start and text.joined:
             yield _Piece(part, first, last, head=part[:start])

@@ -1,5 +1,6 @@
 """The tokenizer files of a model folder, by `tokenizers` or `sentencepiece`, for `Tokenizer`."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,17 +48,20 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     added = _read(checkpoint_dir, "added_tokens.json")
     added |= {entry["content"]: int(index) for index, entry in entries.items()}
     plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
+    named = read_named_tokens(checkpoint_dir)
+    special = added.keys() - plain
+    special |= {named[name] for name in ("bos_token", "eos_token") if named.get(name)}
     try:
         if path.suffix == ".json":
-            files = _load_json(path, added, plain)
+            files = _load_json(path, added, special)
         else:
-            files = _load_sentencepiece(path, added, options.get("legacy") or False)
+            files = _load_sentencepiece(path, added, plain, options.get("legacy") or False)
     except UserError:
         raise
     except Exception as error:  # the type that `tokenizers` raises
         raise UserError(f"{path}: not a tokenizer ({error}). Download it again") from None
 
-    files.named = read_named_tokens(checkpoint_dir)
+    files.named = named
     # the ids of config.json come last: a finetuned model may stop at another token
     config = _read(checkpoint_dir, "config.json")
     for name, own in (("bos", files.bos_id), ("eos", files.eos_id)):
@@ -107,16 +111,27 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).exists() else {}
 
 
-def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerFiles:
+def _load_json(path: Path, added: dict[str, int], special: set[str]) -> TokenizerFiles:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(path))
+    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    if any(known.get(token) is False for token in special):  # the files beside it say more
+        content = json.loads(backend.to_str())
+        for entry in content["added_tokens"]:
+            entry["special"] |= entry["content"] in special
+        backend = Backend.from_str(json.dumps(content))
+    # they may also be in the vocabulary, and nothing more
+    ids = {token: backend.token_to_id(token) for token in special}
+    added = {token: index for token, index in ids.items() if index is not None} | added
     backend.no_truncation()  # files of finetuned models may set both
     backend.no_padding()
     for token, index in sorted(added.items(), key=lambda item: item[1]):
-        if backend.token_to_id(token) is None:
-            (backend.add_tokens if token in plain else backend.add_special_tokens)([token])
-            if backend.token_to_id(token) != index:
+        if token not in known:
+            is_new = backend.token_to_id(token) is None
+            backend.add_tokens([AddedToken(token, special=token in special)])
+            if is_new and backend.token_to_id(token) != index:
                 problem = f"{token} has id {index} in the files beside it, which is taken"
                 raise UserError(f"{path}: {problem}. Download the folder again")
     first_ids = backend.encode("a").ids[:1]
@@ -143,12 +158,15 @@ def _load_json(path: Path, added: dict[str, int], plain: set[str]) -> TokenizerF
     )
 
 
-def _load_sentencepiece(path: Path, added: dict[str, int], legacy: bool) -> TokenizerFiles:
+def _load_sentencepiece(
+    path: Path, added: dict[str, int], plain: set[str], legacy: bool
+) -> TokenizerFiles:
     from sentencepiece import SentencePieceProcessor
 
     backend = SentencePieceProcessor(model_file=str(path))
     newline, size = backend.encode("\n"), backend.vocab_size()
-    specials = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)} | added
+    kinds = (backend.is_control, backend.is_unknown)
+    specials = {backend.id_to_piece(i): i for i in range(size) if any(k(i) for k in kinds)} | added
 
     def encode(texts: list[str], first: bool) -> list[list[int]]:
         if first or legacy:
@@ -156,11 +174,17 @@ def _load_sentencepiece(path: Path, added: dict[str, int], legacy: bool) -> Toke
         # a space before the text, but not after each special token: not after a newline
         return [ids[len(newline) :] for ids in backend.encode([f"\n{t}" for t in texts])]
 
+    # the library does not know the ids of added_tokens.json
+    plain_ids = {index: token for token, index in added.items() if token in plain}
+
+    def decode(ids: list[int]) -> str:
+        ids = [index for index in ids if index < size or index in plain_ids]
+        return backend.decode_pieces([plain_ids.get(i) or backend.id_to_piece(i) for i in ids])
+
     return TokenizerFiles(
         path,
         encode,
-        # the library does not know the ids of added_tokens.json
-        lambda ids: backend.decode([index for index in ids if index < size]),
+        decode,
         vocab_size=max([size, *(index + 1 for index in added.values())]),
         specials=specials,
         added=dict(specials),
