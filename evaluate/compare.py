@@ -152,13 +152,15 @@ def measure(
         of their tokens, end tokens included, and the result of `score`.
     """
     device = default_device()
-    model, tokenizer, trained_with = load_finetuned(path, checkpoint_dir, device, dtype)
+    if isinstance(data, Path):
+        template = "none"  # that of the dataset
+    where = (path, checkpoint_dir, device, dtype)
+    model, tokenizer, template = load_finetuned(*where, template)
     if isinstance(data, Path):
         model_dir = resolve_model_dir(path, checkpoint_dir)
         own = tokenizer_dir(path, model_dir)
         template, found = validation_samples(data, tokenizer, model_dir, own)
     else:
-        template = template or trained_with
         found = samples_from_records(data, template, tokenizer, model.config)
     samples = list(islice(found, max_samples))
     context, new = model.config.max_position_embeddings, sampling.max_new_tokens

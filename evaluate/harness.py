@@ -81,9 +81,11 @@ def main(
     dtype = inference_dtype(precision)
     resolve_model_dir(folder, checkpoint_dir)  # fails before the tasks are looked for
     names, manager = find_tasks(tasks, include_path)
-    model, tokenizer, trained_with = load_finetuned(folder, checkpoint_dir, default_device(), dtype)
+    where = (folder, checkpoint_dir, default_device(), dtype)
+    template = template if apply_chat_template else "none"  # not used
+    model, tokenizer, template = load_finetuned(*where, template)
     optimize_for_inference(model, default_device())
-    adaptor = LitLLaMA(model, tokenizer, template or trained_with, batch_tokens)
+    adaptor = LitLLaMA(model, tokenizer, template, batch_tokens)
     try:
         results = simple_evaluate(
             adaptor,

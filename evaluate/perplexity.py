@@ -67,14 +67,17 @@ def main(
         rule = f"--stride below --window, that up to the context of {context}"
         raise UserError(f"{flags}: should be from 1 on, {rule}")
     content = None if source is None else read_source(source, columns)
-    model, tokenizer, trained_with = load_finetuned(folder, checkpoint_dir, default_device(), dtype)
+    if not isinstance(content, dict):
+        template = "none"  # not used
+    where = (folder, checkpoint_dir, default_device(), dtype)
+    model, tokenizer, template = load_finetuned(*where, template)
     if content is None:
         own = tokenizer_dir(folder, model_dir)
         samples = dataset_samples(load_dataset(data_dir, model_dir, own).val)
     elif isinstance(content, str):
         samples = windows(tokenizer.encode(content), window, stride)
     else:
-        samples = answers(content, template or trained_with, tokenizer, model.config, window)
+        samples = answers(content, template, tokenizer, model.config, window)
     samples = list(samples)
     tokens = sum(len(ids) - first for ids, first in samples)
     if isinstance(content, str):

@@ -68,6 +68,10 @@ def log_likelihoods(
                     scored.append(number)
                     positions.append(torch.arange(end - len(ids) + first, end))
                     labels.append(torch.tensor(ids[first:], dtype=torch.long))
+            if (token := int(input_ids.max())) >= model.config.vocab_size:
+                problem = f"a sample has token id {token}, the model's embedding only"
+                hint = "A LoRA with new tokens needs save_embedding_layers=True"
+                raise UserError(f"{problem} {model.config.vocab_size} rows. {hint}")
             logits = model(
                 input_ids.to(device),
                 [lengths[row] for row in batch],

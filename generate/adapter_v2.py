@@ -29,11 +29,10 @@ def main(
     from lit_llama.storage.methods import load_finetuned
 
     prompts = read_prompts(args)
-    model, tokenizer, trained_with = load_finetuned(
-        adapter_path, checkpoint_dir, load_device(args), inference_dtype(precision)
-    )
+    where = (adapter_path, checkpoint_dir, load_device(args), inference_dtype(precision))
+    model, tokenizer, template = load_finetuned(*where, template)
     optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
-    answer(model, tokenizer, template or trained_with, prompts, args)
+    answer(model, tokenizer, template, prompts, args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -162,6 +162,7 @@ def answer(
                 set_adapters(model, names * len(batch))
             if args.prompt is not None and names == [None]:
                 tokens = stream(model, rows, args.sampling(number), ends[0], decoder)
+                tokens = takewhile(lambda token: token not in ends[0], map(int, tokens))
                 count += _print_stream(tokenizer, tokens)
                 continue
             tokens = stream(model, rows, args.sampling(number), None, decoder)
@@ -196,10 +197,10 @@ def until_stops(
     return answers
 
 
-def _print_stream(tokenizer: "Tokenizer", tokens: "Iterator[torch.Tensor]") -> int:
+def _print_stream(tokenizer: "Tokenizer", tokens: Iterable[int]) -> int:
     """Print one answer as it is decoded. Returns its number of tokens."""
     count = -1  # the last piece belongs to no token
-    for piece in stream_text(tokenizer, map(int, tokens)):
+    for piece in stream_text(tokenizer, tokens):
         print(piece, end="", flush=True)
         count += 1
     print(flush=True)

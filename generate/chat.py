@@ -59,21 +59,21 @@ def main(
     from lit_llama.generation import Sampling
     from lit_llama.multi_lora import enable_multi_lora
     from lit_llama.runtime.devices import default_device, inference_dtype
-    from lit_llama.storage.methods import load_finetuned, prompt_format, resolve_model_dir
+    from lit_llama.storage.methods import common_model_dir, load_finetuned, prompt_format
 
     device, dtype = default_device(), inference_dtype(precision)
-    base = checkpoint_dir or resolve_model_dir(adapter_path or lora_path[0])
+    base = common_model_dir([adapter_path] if adapter_path else lora_path, checkpoint_dir)
     # weights to be quantized go to the GPU only afterwards
     load_device = "cpu" if quantize else device
     path = adapter_path or base
-    model, tokenizer, trained_with = load_finetuned(path, base, load_device, dtype)
+    model, tokenizer, own = load_finetuned(path, base, load_device, dtype, template)
     if adapter_path is None:
         enable_multi_lora(model, lora_path)
     optimize_for_inference(model, device, quantize)
     templates = {str(lora): prompt_format(lora, base, template) for lora in lora_path}
-    templates[None] = template or trained_with
+    templates[None] = own
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    converse(Chat(model, tokenizer, templates, sampling, system, context))
+    converse(Chat(model, tokenizer, templates, sampling, system, context, template))
 
 
 if __name__ == "__main__":

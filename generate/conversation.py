@@ -30,7 +30,6 @@ HELP = """\
 /save FILE     append the conversation to a .jsonl file, for scripts/prepare_json.py
 /help          this list
 /exit          end, as Ctrl-D does; Ctrl-C stops an answer"""
-SINGLE_TURN = ("alpaca", "none")  # templates without a place for earlier turns
 
 
 class Chat:
@@ -44,6 +43,7 @@ class Chat:
         sampling: of each answer; the seed is counted up.
         system: system message.
         context: maximum number of tokens; the oldest turns are forgotten first.
+        template: the prompt template of LoRAs that /lora loads; default: that of their training.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Chat:
         sampling: Sampling,
         system: str | None = None,
         context: int = 4096,
+        template: str | None = None,
     ) -> None:
         self.model = model
         self.base_dir = tokenizer.path.parent
@@ -62,7 +63,7 @@ class Chat:
             name: PromptFormat(tokenizer, form, eos) if isinstance(form, str) else form
             for name, form in templates.items()
         }
-        self.sampling = sampling
+        self.sampling, self.given_template = sampling, template
         self.context = min(context, model.config.max_position_embeddings)
         if not 0 < sampling.max_new_tokens < self.context:
             problem = f"should be from 1 on, below --context {self.context}"
@@ -77,19 +78,19 @@ class Chat:
 
     def use(self, name: str | None) -> None:
         """Answer with the LoRA of that name from now on; None: the base model."""
-        self.lora, form = name, self.formats[name]
-        self.tokenizer = form.tokenizer
-        self.template = get_template(form.template, form.tokenizer)
-        self.stops = stop_ids(self.template, form.tokenizer, form.eos_ids)
-        if self.system and self.single_turn:
+        form = self.formats[name]
+        template = get_template(form.template, form.tokenizer)
+        stops = stop_ids(template, form.tokenizer, form.eos_ids)
+        if self.system and not template.multi_turn:
             raise UserError(f"--system: template {form.template!r} has no place for it")
+        self.lora, self.tokenizer, self.template, self.stops = name, form.tokenizer, template, stops
         if len(self.formats) > 1:
             set_adapters(self.model, [name])
         self.cached = []  # another LoRA computes other keys and values
 
     @property
     def single_turn(self) -> bool:
-        return self.formats[self.lora].template in SINGLE_TURN
+        return not self.template.multi_turn
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -117,6 +118,8 @@ class Chat:
             prompts = [torch.tensor(ids)]
             for token in stream(self.model, prompts, sampling, self.stops, decoder):
                 new.append(int(token))
+                if new[-1] in self.stops:  # not to be printed, special or not
+                    return
                 yield new[-1]
 
         answer = ""
@@ -187,7 +190,7 @@ class Chat:
                 names = ", ".join(known)
                 raise UserError(f"/lora: no {name!r}, and no such folder. There are: {names}")
             load_adapter(self.model, name, path)
-            self.formats[name] = prompt_format(path, self.base_dir)
+            self.formats[name] = prompt_format(path, self.base_dir, self.given_template)
             known[name] = name
         if name:
             self.use(known[name])

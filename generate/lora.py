@@ -33,19 +33,17 @@ def main(
     from lit_llama.fast.decoding import optimize_for_inference
     from lit_llama.multi_lora import enable_multi_lora
     from lit_llama.runtime.devices import default_device, inference_dtype
-    from lit_llama.storage.methods import load_finetuned, prompt_format, resolve_model_dir
+    from lit_llama.storage.methods import common_model_dir, load_finetuned, prompt_format
 
     if len(set(lora_path)) < max(len(lora_path), 1):
         raise UserError("--lora_path: should be one folder or several different ones")
     prompts = read_prompts(args)
     device, dtype = load_device(args), inference_dtype(precision)
     if len(lora_path) == 1:
-        model, tokenizer, trained_with = load_finetuned(lora_path[0], checkpoint_dir, device, dtype)
-        templates = template or trained_with
+        where = (lora_path[0], checkpoint_dir, device, dtype)
+        model, tokenizer, templates = load_finetuned(*where, template)
     else:
-        base, *others = {checkpoint_dir or resolve_model_dir(path): None for path in lora_path}
-        if others:
-            raise UserError(f"--lora_path: these are for different models ({base}, {others[0]})")
+        base = common_model_dir(lora_path, checkpoint_dir)
         model, tokenizer, _ = load_finetuned(base, base, device, dtype)
         enable_multi_lora(model, lora_path)
         templates = {str(path): prompt_format(path, base, template) for path in lora_path}

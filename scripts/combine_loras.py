@@ -11,8 +11,8 @@ from lit_llama import LLaMA, UserError
 from lit_llama.lora import LoRAConfig
 from lit_llama.runtime.cli import run
 from lit_llama.storage.files import atomic_write, require_empty_dir
-from lit_llama.storage.loras import read_linear_lora
-from lit_llama.storage.methods import resolve_model_dir, training_template
+from lit_llama.storage.loras import read_linear_lora, warn_of_other_format
+from lit_llama.storage.methods import common_model_dir, training_template
 from lit_llama.storage.model_folder import model_config
 from lit_llama.storage.peft import save_lora, target_names
 
@@ -34,7 +34,7 @@ def main(
         lora_path: Folders of the LoRAs, ours or PEFT's; repeat the flag.
         out_dir: Output folder; must not exist.
         weights: One per LoRA, in their order, such as [0.7,0.3]; default: 1 for all.
-        checkpoint_dir: Folder of the base model; default: the one that the first LoRA names.
+        checkpoint_dir: Folder of the base model; default: the one that the LoRAs name.
     """
     require_empty_dir(out_dir)
     weights = [1.0] * len(lora_path) if weights is None else weights
@@ -43,7 +43,9 @@ def main(
         raise UserError(f"--weights: {problem}. Pass one for each")
     if not all(map(math.isfinite, weights)):
         raise UserError(f"--weights {weights}: should be finite numbers")
-    base = checkpoint_dir or resolve_model_dir(lora_path[0])
+    base = common_model_dir(lora_path, checkpoint_dir)
+    for path in lora_path:
+        warn_of_other_format(path, base)
     config, tensors = combine_loras(lora_path, weights, base)
     templates = {training_template(path) for path in lora_path}
     if len(templates) > 1:

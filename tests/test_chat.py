@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,45 @@ def test_another_lora_in_the_middle_of_a_conversation(folder: Path, tmp_path: Pa
     assert chat.messages[5]["content"] == reference(tmp_path / "merged", chat.messages[:5], 12)
     with pytest.raises(UserError, match="/lora: no 'nowhere', and no such folder"):
         chat.command("/lora nowhere")
+
+
+def test_a_lora_that_cannot_be_used_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """With a system message, for which its template has no place."""
+    save_random_lora(folder, tmp_path / "lora", "alpaca", 1)
+    chat = make_chat(folder, system="Be brief.")
+    enable_multi_lora(chat.model)
+    with pytest.raises(UserError, match="--system: template 'alpaca' has no place for it"):
+        chat.command(f"/lora {tmp_path / 'lora'}")
+    assert chat.command("/lora") == f"[base], {tmp_path / 'lora'}"
+    list(chat.reply("the fox"))
+    assert chat.messages[1]["content"] == reference(folder, [*chat.system, chat.messages[0]], 12)
+    # with --template
+    sampling = Sampling(12, temperature=0)
+    chat = Chat(
+        chat.model, Tokenizer(folder), {None: "chatml"}, sampling, "Be brief.", template="chatml"
+    )
+    chat.command(f"/lora {tmp_path / 'lora'}")
+    assert not chat.single_turn
+
+
+def test_an_end_token_that_is_not_special_is_no_part_of_an_answer(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    # the third token of the greedy answer becomes an ordinary one that ends answers
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer(folder).encode("the fox")])
+    new = model.generate(input_ids=ids, do_sample=False, max_new_tokens=3)[0, ids.size(1) :]
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [int(new[-1])]}))
+    expected = Tokenizer(folder).decode(new[:2])
+    script = load_script("generate/base.py")
+    args = script.AnswerArgs(prompt="the fox", temperature=0, max_new_tokens=9)
+    script.main(args, path, "none", "32-true")
+    assert capsys.readouterr().out == f"{expected}\n"
+    chat = make_chat(path, "none")
+    assert "".join(chat.reply("the fox")) == expected
+    assert chat.messages[1]["content"] == expected
 
 
 def test_a_saved_conversation_can_be_learned(folder: Path, tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ def test_a_run_says_that_it_does_not_keep_a_tokenizer(tmp_path: Path, capsys) ->
     assert warning() == ""
     options = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
     (path / "tokenizer_config.json").write_text(json.dumps(options | {"eos_token": "<pad>"}))
-    assert re.fullmatch(f"warning: --init_from {path}: its tokenizer, .*merge_lora.py\n", warning())
+    assert re.fullmatch(f"warning: {path}: its tokenizer, .*merge_lora.py\n", warning())
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     (path / "tokenizer.json").unlink()
     assert "its chat template, other than" in warning()

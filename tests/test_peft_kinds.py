@@ -21,7 +21,12 @@ from lit_llama.generation import generate
 from lit_llama.lora import load_lora, merge_lora
 from lit_llama.multi_lora import enable_multi_lora, load_adapter, set_adapters
 from lit_llama.prompts import encode_prompt, get_template
-from lit_llama.storage.methods import load_finetuned, load_method, training_template
+from lit_llama.storage.methods import (
+    common_model_dir,
+    load_finetuned,
+    load_method,
+    training_template,
+)
 
 CPU = torch.device("cpu")
 INPUT_IDS = torch.randint(380, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -517,9 +522,124 @@ def test_what_the_folder_of_the_lora_lacks_is_the_base_s(
 
     # an end token without a tokenizer
     file.unlink()
-    (plain_lora / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}', "utf-8")
+    options = {"eos_token": "<pad>", "chat_template": "{{ messages[0].content }}{{ eos_token }}"}
+    (plain_lora / "tokenizer_config.json").write_text(json.dumps(options), "utf-8")
     model, tokenizer, _ = load_finetuned(plain_lora, base, CPU, torch.float32)
     assert (tokenizer.path.parent, model.config.eos_token_id) == (base, [0, 2])
+    messages = [{"role": "user", "content": "question"}]
+    assert get_template("chat", tokenizer).render(messages) == "question<pad>"
+    load_script("scripts/merge_lora.py").main(plain_lora, tmp_path / "named", base, "32-true")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "named")
+    assert theirs.eos_token == "<pad>"
+    assert theirs.apply_chat_template(messages, tokenize=False) == "question<pad>"
+
+
+def test_no_line_about_a_template_that_is_given(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path, capsys
+) -> None:
+    """Nor where none is used."""
+    (tmp_path / "a.txt").write_text("the fox and the dog", "utf-8")
+    script = load_script("generate/lora.py")
+    args = script.AnswerArgs(prompt="the fox", max_new_tokens=2)
+    script.main(args, [plain_lora], bases[False], "none")
+    perplexity = load_script("evaluate/perplexity.py").main
+    perplexity(bases[False], plain_lora, source=tmp_path / "a.txt")
+    assert "is not recorded" not in capsys.readouterr().err
+    script.main(args, [plain_lora], bases[False])
+    assert "is not recorded. Using alpaca" in capsys.readouterr().err
+
+
+def test_a_token_without_a_row_is_one_line(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path
+) -> None:
+    """In scoring as in answering; the tokenizer of a LoRA that was saved without its new rows."""
+    new_tokens(plain_lora)
+    (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}]', "utf-8")
+    with pytest.raises(UserError, match=r"token id 385, .* only 384 rows. .*save_embedding_layers"):
+        load_script("evaluate/perplexity.py").main(
+            bases[False], plain_lora, source=tmp_path / "a.json"
+        )
+
+
+def test_loras_of_other_bases(bases: dict[bool, Path], plain_lora: Path, tmp_path: Path) -> None:
+    """One folder may have several names; two models are not mixed in silence."""
+    other = tmp_path / "other"
+    shutil.copytree(plain_lora, other)
+
+    def name_base(path: Path, base: str) -> None:
+        file = path / "adapter_config.json"
+        settings = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": base}
+        file.write_text(json.dumps(settings), "utf-8")
+
+    base, paths = bases[False], [plain_lora, other]
+    name_base(plain_lora, str(base))
+    name_base(other, f"{base}/../{base.name}")
+    assert common_model_dir(paths).resolve() == base.resolve()
+    name_base(other, str(bases[True]))
+    answer = load_script("generate/lora.py")
+    for call in (
+        lambda: answer.main(answer.AnswerArgs(prompt="a"), paths),
+        lambda: load_script("generate/chat.py").main(None, paths),
+        lambda: load_script("scripts/combine_loras.py").main(paths, tmp_path / "sum"),
+    ):
+        with pytest.raises(UserError, match=r"these are for different models .*--checkpoint_dir"):
+            call()
+
+
+def test_combining_says_that_it_does_not_keep_a_tokenizer(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path, capsys
+) -> None:
+    own_files(plain_lora)
+    load_script("scripts/combine_loras.py").main(
+        [plain_lora], tmp_path / "sum", checkpoint_dir=bases[False]
+    )
+    expected = f"warning: {plain_lora}: its tokenizer and chat template, other than the model's"
+    assert expected in capsys.readouterr().err
+
+
+def test_folders_that_are_not_complete(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path
+) -> None:
+    """The line says what is missing, or where it is."""
+    base, run = bases[False], tmp_path / "run"
+    shutil.copytree(plain_lora, run / "checkpoint-500")
+    with pytest.raises(UserError, match=f"There is one in {run}/checkpoint-500"):
+        load_finetuned(run, base, CPU, torch.float32)
+    (run / "checkpoint-500/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model.safetensors.*missing"):
+        load_finetuned(run / "checkpoint-500", base, CPU, torch.float32)
+    file = plain_lora / "adapter_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    for name, value in {
+        "lora_alpha": "16",
+        "r": None,
+        "alpha_pattern": {"q_proj": "8"},
+    }.items():
+        file.write_text(json.dumps(settings | {name: value}), "utf-8")
+        with pytest.raises(UserError, match=r"adapter_config.json: r is .*, expected numbers"):
+            load_finetuned(plain_lora, base, CPU, torch.float32)
+    file.write_text(json.dumps(settings | {"use_dora": True}), "utf-8")
+    with pytest.raises(UserError, match=r"Is use_dora in adapter_config.json right"):
+        load_finetuned(plain_lora, base, CPU, torch.float32)
+    file.write_text(json.dumps(settings), "utf-8")
+    weights = load_file(plain_lora / "adapter_model.safetensors")
+    for shape in ((-1,), ()):
+        parts = {k: t.flatten()[:1].reshape(shape) for k, t in weights.items()}
+        save_file(parts, plain_lora / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="or was saved in part"):
+            load_finetuned(plain_lora, base, CPU, torch.float32)
+
+
+@torch.no_grad()
+def test_a_second_lora_that_is_called_adapter(
+    bases: dict[bool, Path], plain_lora: Path, tmp_path: Path
+) -> None:
+    """PEFT writes it into a folder of that name, where ours is a LLaMA-Adapter."""
+    base = bases[False]
+    write(base, plain_lora / "adapter", dict(target_modules=["o_proj"]))
+    model = load_finetuned(plain_lora, base, CPU, torch.float32)[0]
+    expected = logits_of_peft(base, plain_lora, INPUT_IDS)
+    assert (model(INPUT_IDS) - expected).abs().max() < 1e-4
 
 
 def new_tokens(path: Path) -> None:

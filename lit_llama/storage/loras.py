@@ -14,7 +14,7 @@ from lit_llama.model import LLaMA
 from lit_llama.multi_lora import LoRAWeights, MultiLoRATable, multi_lora_layers
 from lit_llama.storage import model_folder
 from lit_llama.storage.model_folder import EMBEDDING, HEAD
-from lit_llama.storage.peft import SavedLoRA, read_lora
+from lit_llama.storage.peft import SavedLoRA, has_adapter, read_lora
 from lit_llama.storage.tokenizer_files import has_tokenizer, read_chat_template
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.wrapping import base_linears, base_name, base_parameters
@@ -71,7 +71,7 @@ def read_linear_lora(path: Path, checkpoint_dir: Path) -> SavedLoRA:
         lora.drop_copies({name: model_folder.read_tensor(*stored[name]) for name in names})
     no_linears = {EMBEDDING, HEAD} if model.tie_word_embeddings else {EMBEDDING}
     other = sorted({*lora.base, *lora.saved, *lora.tokens, *(no_linears & lora.layers.keys())})
-    if other or (path / "adapter").is_dir():
+    if other or has_adapter(path):
         problem = f"changes {other[0]}, too" if other else "was trained with an adapter"
         hint = "Merge it into its base first: scripts/merge_lora.py"
         raise UserError(f"{path}: {problem}, which is more than a LoRA of linear layers. {hint}")
@@ -99,15 +99,12 @@ def starting_config(config: LoRAConfig, path: Path | None, checkpoint_dir: Path)
     note = f"; ignored: {', '.join(f'--lora.{f}' for f in ignored)}" if ignored else ""
     about = f"rank {start.r}, alpha {start.alpha:g}, targets {', '.join(start.targets)}"
     rank_zero_only(print)(f"starting from {path}: {about}{note}")
-    if others := _other_format(path, checkpoint_dir):
-        problem = f"its {' and '.join(others)}, other than the model's, will not be used"
-        hint = "To keep them, merge it first and finetune that: scripts/merge_lora.py"
-        rank_zero_only(print)(f"warning: --init_from {path}: {problem}. {hint}", file=sys.stderr)
+    rank_zero_only(warn_of_other_format)(path, checkpoint_dir)
     return start
 
 
-def _other_format(path: Path, checkpoint_dir: Path) -> list[str]:
-    """Name what a LoRA's folder has beside its weights, and the model has another of."""
+def warn_of_other_format(path: Path, checkpoint_dir: Path) -> None:
+    """Print a warning if a LoRA's folder has another tokenizer or chat template than the model."""
     others = []
     if has_tokenizer(path):
         own, base = Tokenizer(path), Tokenizer(checkpoint_dir)
@@ -116,7 +113,10 @@ def _other_format(path: Path, checkpoint_dir: Path) -> list[str]:
             others.append("tokenizer")
     if read_chat_template(path) not in (None, read_chat_template(checkpoint_dir)):
         others.append("chat template")
-    return others
+    if others:
+        problem = f"its {' and '.join(others)}, other than the model's, will not be used"
+        hint = "To keep them, merge it first: scripts/merge_lora.py"
+        print(f"warning: {path}: {problem}. {hint}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def init_lora(model: LLaMA, config: LoRAConfig, path: Path | None) -> None:
 @torch.no_grad()
 def load_for_rows(model: LLaMA, path: Path) -> list[tuple[nn.Module, LoRAWeights | Tensor]]:
     """Read a LoRA for `multi_lora.load_adapter`: the wrapped layers and their weights."""
-    if (path / "adapter").is_dir():
+    if has_adapter(path):
         raise UserError(f"{path}: was trained with an adapter, which all rows would share")
     layers, like = multi_lora_layers(model), model.embed_tokens.weight
     lora, loaded = read_lora(path, model.config), []

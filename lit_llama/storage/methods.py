@@ -150,12 +150,16 @@ def load_method(model: LLaMA, path: Path) -> None:
     method.load(model, path)
     if method.merge is not None:
         method.merge(model)
-    if (path / "adapter").is_dir():  # trained beside it
+    if peft.has_adapter(path):  # trained beside it
         load_method(model, path / "adapter")
 
 
 def load_finetuned(
-    path: Path, checkpoint_dir: Path | None, device: torch.device, dtype: torch.dtype
+    path: Path,
+    checkpoint_dir: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    template: str | None = None,
 ) -> tuple[LLaMA, Tokenizer, str]:
     """Load a finetuned model, its tokenizer and the name of its prompt template.
 
@@ -163,7 +167,7 @@ def load_finetuned(
     the base model; default: the one that the result names. See `prompt_format` for the template.
     """
     base = resolve_model_dir(path, checkpoint_dir)
-    form = prompt_format(path, base)
+    form = prompt_format(path, base, template)
     model = model_folder.load_model(base, device, dtype)
     if base != path:
         load_method(model, path)
@@ -191,10 +195,11 @@ def prompt_format(path: Path, base: Path, template: str | None = None) -> Prompt
     tokenizer = Tokenizer(tokenizer_dir(path, base))
     template = template or training_template(path)
     if path != base:
-        own = read_chat_template(path)
+        own, named = read_chat_template(path), read_named_tokens(path)
         tokenizer.chat_template = own or read_chat_template(base)
-        # a folder may name its end token without a tokenizer of its own
-        end = tokenizer.added.get(read_named_tokens(path).get("eos_token"))
+        # a folder may name its tokens without a tokenizer of its own
+        tokenizer.named |= named
+        end = tokenizer.added.get(named.get("eos_token"))
         eos = [tokenizer.eos_id if has_tokenizer(path) else end, *eos]
         if (path / GENERATION_CONFIG).is_file():
             eos = [*_as_list(read_json(path / GENERATION_CONFIG).get("eos_token_id")), *eos]
@@ -224,6 +229,9 @@ def prompt_files(path: Path, base: Path, form: PromptFormat) -> dict[str, bytes]
     template = form.tokenizer.chat_template
     if template and template != read_chat_template(tokenizer_dir(path, base)):
         contents["chat_template.jinja"] = template.encode()
+    if (named := read_named_tokens(path)) and not has_tokenizer(path):
+        options = json.loads(contents.get("tokenizer_config.json", "{}")) | named
+        contents["tokenizer_config.json"] = (json.dumps(options, indent=2) + "\n").encode()
     if generation is not None:
         settings = json.loads(generation)
         if not {*_as_list(form.eos_ids)} <= {*_as_list(settings.get("eos_token_id"))}:
@@ -252,10 +260,21 @@ def resolve_model_dir(path: Path, checkpoint_dir: Path | None = None) -> Path:
     raise UserError(f"{path}: {problem}. Pass --checkpoint_dir")
 
 
+def common_model_dir(paths: Iterable[Path], checkpoint_dir: Path | None = None) -> Path:
+    """Return the base model of several results. Raises UserError if they name different ones."""
+    if checkpoint_dir is not None:
+        return checkpoint_dir
+    first, *others = {(base := resolve_model_dir(path)).resolve(): base for path in paths}.values()
+    if others:
+        problem = f"these are for different models ({first}, {others[0]})"
+        raise UserError(f"--lora_path: {problem}. To use one for all, pass --checkpoint_dir")
+    return first
+
+
 def training_template(path: Path) -> str | None:
     """Return the prompt template of a result's training, None if it is not recorded (PEFT's)."""
     file = peft.weights_file(path)
-    if not file.exists():  # a full model
+    if not file.exists() and (path / "config.json").is_file():  # a full model
         file = model_folder.weight_files(path)[0]
     metadata = {} if file.suffix == ".bin" else files.read_tensors(file)[1]
     return metadata.get("template") or None

@@ -68,7 +68,17 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         hint = f"Its newest result is in {checkpoints[-1]}; or continue with --resume"
         raise UserError(f"{path}: this run is not finished. {hint}")
     hint = f"Train one: python finetune/lora.py --out_dir {path}"
+    if inner := sorted(path.glob(f"*/{CONFIG_FILE}")):  # checkpoints of a trainer
+        hint = f"There is one in {inner[-1].parent}"
     raise UserError(f"{path}: no {CONFIG_FILE} there. {hint}")
+
+
+def has_adapter(path: Path) -> bool:
+    """Check for a LLaMA-Adapter trained beside a LoRA, and not a LoRA of that name."""
+    folder = path / "adapter"
+    if not (folder / CONFIG_FILE).is_file():
+        return folder.is_dir()
+    return "method" in read_json(folder / CONFIG_FILE)
 
 
 def save_lora(
@@ -163,7 +173,7 @@ def read_lora(path: Path, model: LLaMAConfig) -> SavedLoRA:
         _check_shapes(path, name, [tensor], [expected])
     for layer in sorted(parts):
         a, b, magnitude = (parts[layer].get(kind) for kind in ("A", "B", "magnitude_vector"))
-        r = 0 if a is None else len(a)
+        r = 0 if a is None or not a.dim() else len(a)
         if f"{layer}.weight" not in shapes:
             problem = f"the model has no layer {layer}"
             raise UserError(f"{path}: {problem}. It belongs to another model")
@@ -250,7 +260,10 @@ def _check_shapes(
     found = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
     if found != expected:
         problem = f"{name} has shapes {found}, the model's layer needs {expected}"
-        raise UserError(f"{path}: {problem}. It belongs to another model")
+        hint = "It belongs to another model, or was saved in part (FSDP, DeepSpeed)"
+        if len(found) == 3 and (found[2] is None) != (expected[2] is None):
+            hint = "Is use_dora in adapter_config.json right?"
+        raise UserError(f"{path}: {problem}. {hint}")
 
 
 def _alpha(settings: dict[str, Any], layer: str) -> float:
@@ -297,6 +310,9 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
     kind = settings.get("peft_type") or settings.get("method")
     if kind != "LORA" or not {"r", "lora_alpha"} <= settings.keys():
         raise UserError(f"{file}: peft_type is {kind!r}, not a LORA with r and lora_alpha")
+    alphas = settings["lora_alpha"], *(settings.get("alpha_pattern") or {}).values()
+    if not all(isinstance(value, int | float) for value in (settings["r"], *alphas)):
+        raise UserError(f"{file}: r is {settings['r']!r}, alpha {alphas}, expected numbers")
     for key in UNSUPPORTED:
         if settings.get(key):
             raise UserError(f"{file}: {key} is {settings[key]!r}, which is not supported")
