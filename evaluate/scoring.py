@@ -70,7 +70,7 @@ def log_likelihoods(
                     labels.append(torch.tensor(ids[first:], dtype=torch.long))
             if (token := int(input_ids.max())) >= model.config.vocab_size:
                 problem = f"a sample has token id {token}, the model's embedding only"
-                hint = "A LoRA with new tokens needs save_embedding_layers=True"
+                hint = "Use the model's own tokenizer, or save its new rows"
                 raise UserError(f"{problem} {model.config.vocab_size} rows. {hint}")
             logits = model(
                 input_ids.to(device),

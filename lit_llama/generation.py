@@ -79,7 +79,7 @@ def stream(
     for ids, size in zip(prompts, sizes, strict=False):
         if (token := int(ids.max())) >= size:
             problem = f"the prompt has token id {token}, the model's embedding only {size} rows"
-            raise UserError(f"{problem}. A LoRA with new tokens needs save_embedding_layers=True")
+            raise UserError(f"{problem}. Use the model's own tokenizer, or save its new rows")
     tokens = (decoder or decode)(model, prompts, sampling)
     stops = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
     stops = torch.tensor(stops or [-1])  # -1 is never sampled

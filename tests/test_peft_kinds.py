@@ -555,7 +555,7 @@ def test_a_token_without_a_row_is_one_line(
     """In scoring as in answering; the tokenizer of a LoRA that was saved without its new rows."""
     new_tokens(plain_lora)
     (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}]', "utf-8")
-    with pytest.raises(UserError, match=r"token id 385, .* only 384 rows. .*save_embedding_layers"):
+    with pytest.raises(UserError, match=r"token id 385, .* only 384 rows. .*save its new rows"):
         load_script("evaluate/perplexity.py").main(
             bases[False], plain_lora, source=tmp_path / "a.json"
         )

@@ -83,7 +83,30 @@ FORMATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             ANSWER,
         ],
     ),
-    "an input of a turn": ({"messages": [{**QUESTION, "input": "x"}, ANSWER]}, [QUESTION, ANSWER]),
+    "both pairs of keys in a turn": (
+        {"messages": [{"value": 0.3, "from": "London", **turn} for turn in (QUESTION, ANSWER)]},
+        [{"value": 0.3, "from": "London", **turn} for turn in (QUESTION, ANSWER)],
+    ),
+    "an empty conversation as text": ({"messages": "[]", "system": "Be kind."}, []),
+    "prompt, input and output": (
+        {"prompt": Q, "input": "tonight", "output": A},
+        [{**QUESTION, "input": "tonight"}, ANSWER],
+    ),
+    "input and output beside a text": (
+        {"text": Q, "input": Q, "output": A},
+        [{"role": "text", "content": Q}],
+    ),
+    "a call in turns as JSON text": (
+        {
+            "prompt": json.dumps([QUESTION, {"role": "assistant", "tool_calls": [1]}]),
+            "completion": A,
+        },
+        [
+            {**QUESTION, "learn": False},
+            {"role": "assistant", "content": "", "tool_calls": [1], "learn": False},
+            ANSWER,
+        ],
+    ),
     "messages beside a system column": ({"messages": TALK[1:], "system": SYSTEM["content"]}, TALK),
     "ShareGPT": ({"conversations": FROM}, [QUESTION, ANSWER]),
     "ShareGPT's roles in messages": (
@@ -162,6 +185,11 @@ def test_a_name_that_is_given_has_to_be_there() -> None:
     """No other format is taken in its place, and nothing is read twice."""
     columns = Columns(instruction="input")
     assert to_messages({"input": Q, "output": A}, columns, "") == [QUESTION, ANSWER]
+    for name in (dict(instruction="prompt"), dict(output="completion")):
+        record = {"prompt": Q, "completion": A}
+        assert to_messages(record, Columns(**name), "") == [QUESTION, ANSWER]
+    record = {"instruction": SYSTEM["content"], "input": Q, "output": A}
+    assert to_messages(record, Columns(system="instruction"), "") == TALK
     record = {"prompt": Q, "completion": "x", "response": A, "conversations": FROM}
     for name in ("output", "instruction"):
         columns = Columns(**{name: "response_"}, messages="none")
@@ -169,6 +197,8 @@ def test_a_name_that_is_given_has_to_be_there() -> None:
             to_messages(record, columns, "")
     with pytest.raises(UserError, match="no column"):
         to_messages({"conversations": FROM}, Columns(messages="mesages"), "")
+    with pytest.raises(UserError, match="no column 'input', found: instruction, output"):
+        to_messages({"instruction": Q, "output": A}, Columns(system="instruction"), "")
 
 
 def test_used_columns_are_noted() -> None:
@@ -191,6 +221,12 @@ def test_an_error_names_record_field_content_and_what_was_expected() -> None:
         (
             {"messages": TALK, "system": "Be loud."},
             r"system is .*, expected that of messages\[0\], or none",
+        ),
+        ({"a": Q, "messages_": [ANSWER]}, r"found: a, messages_. Name the columns with"),
+        ({"prompt": '[{"role": "user"', "completion": A}, "prompt is .*, expected JSON"),
+        (
+            {"prompt": Q, "chosen": [ANSWER], "rejected": [ANSWER]},
+            r"no column 'instruction', found: .* --columns.\*$",
         ),
         (
             {"instruction": Q, "output": A, "history": [[Q, None]]},

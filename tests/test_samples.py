@@ -410,6 +410,22 @@ def test_an_end_token_that_is_not_special(tmp_path: Path, named: bool) -> None:
         assert ids.count(theirs.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
+def test_added_tokens_that_are_plain_stay_plain(tmp_path: Path) -> None:
+    """added_tokens.json lists them without saying so; tokenizer.json does."""
+    save_folder(tmp_path, CHATML)
+    file = tmp_path / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    backend.add_tokens(["<city>", "<think>"])
+    backend.save(str(file))
+    ids = {token: backend.token_to_id(token) for token in ("<city>", "<think>")}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids), "utf-8")
+    messages = [{"role": "user", "content": "go to <city>"}, TURNS[1]]
+    (sample,) = encode(tmp_path, messages)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert sample.ids == theirs.apply_chat_template(messages, return_dict=False)[:-1]
+    assert Tokenizer(tmp_path).decode([ids["<city>"]]) == "<city>"
+
+
 def test_an_end_token_that_is_in_the_vocabulary_only(tmp_path: Path) -> None:
     save_folder(tmp_path, CHATML)
     file, options = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"

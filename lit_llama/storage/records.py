@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +30,7 @@ ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 CONVERSATIONS = ("conversations", "conversation")  # common names beside `messages`
 CHUNK = 1 << 20  # characters
-EMPTY = (None, "", [])
+EMPTY = (None, "", [], "[]")
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Columns:
     """Names of a record's fields.
 
     Args:
-        instruction: Task or question; else `prompt`, else `input`.
+        instruction: Task or question; else `prompt`, or `input` if there is neither.
         input: Further context; may be missing or empty.
         output: Answer to learn; else `completion`.
         system: System message; may be missing or empty.
@@ -235,9 +235,7 @@ def to_messages(
         raise UserError(f"{where}: is {_show(record)}, expected an object")
     reader = _Reader(record, columns, where, set() if used is None else used)
     is_named = (columns.instruction, columns.output) != ("instruction", "output")
-    others = [] if is_named else [("prompt", "completion"), ("input", "output")]
-    pairs = [(columns.instruction, columns.output), *others]
-    pairs = [pair for pair in pairs if record.keys() >= set(pair)]
+    pairs = _pairs(record, columns)
     places = [columns.messages, *(CONVERSATIONS if columns.messages == "messages" else ())]
     places = [name for name in places if name in record]
     # a table has all columns in all records, empty where another format is used
@@ -253,15 +251,23 @@ def to_messages(
         return [{"role": "text", "content": reader.string(columns.text)}]
     if places:
         return []  # an empty conversation
-    missing = next(n for n in (columns.instruction, columns.output) if n not in record)
-    problem = f"no column {missing!r}, found: {', '.join(record)}"
-    hint = "Name the columns with --columns.*"
-    lists = [name for name, value in record.items() if isinstance(value, list)]
-    if lists:
-        hint += f", or put the records of {lists[0]!r} into a file of their own"
-    elif reader.is_turn(record):
-        hint = f"Put the turns of a conversation into a list {columns.messages!r}"
-    raise UserError(f"{where}: {problem}. {hint}")
+    missing = [name for name in (columns.instruction, columns.output) if name not in record]
+    problem = f"no column {(missing or ['input'])[0]!r}, found: {', '.join(record)}"
+    raise UserError(f"{where}: {problem}. {reader.hint()}")
+
+
+def _pairs(record: dict, columns: Columns) -> list[tuple[str, str]]:
+    """Return the columns of question and answer that a record has, the likeliest ones first."""
+    questions = [columns.instruction]
+    questions += ["prompt"] if columns.instruction == "instruction" else []
+    answers = [columns.output]
+    answers += ["completion"] if columns.output == "output" else []
+    pairs = [*zip(questions, answers, strict=False), *product(questions, answers)]
+    # the input may be the question, if nothing else is
+    others = {*questions, "completion", columns.text} - {columns.system}
+    if len(questions) == len(answers) == 2 and all(record.get(n) in EMPTY for n in others):
+        pairs.append(("input", "output"))
+    return [pair for pair in pairs if record.keys() >= {*pair} and columns.system not in pair]
 
 
 class _Reader:
@@ -272,6 +278,17 @@ class _Reader:
 
     def fail(self, field: str, value: Any, expected: str) -> UserError:
         return UserError(f"{self.where}: {field} is {_show(value)}, expected {expected}")
+
+    def hint(self) -> str:
+        """Return what to do about a record without the columns that are looked for."""
+        if self.is_turn(self.record):
+            return f"Put the turns of a conversation into a list {self.columns.messages!r}"
+        hint = "Name the columns with --columns.*"
+        for name, value in self.record.items():
+            first = value[0] if isinstance(value, list) and value else None
+            if isinstance(first, dict) and not self.is_turn(first):
+                return f"{hint}, or put the records of {name!r} into a file of their own"
+        return hint
 
     def get(self, name: str) -> Any:
         self.used.add(name)
@@ -314,8 +331,8 @@ class _Reader:
     def conversation(self, name: str) -> Messages:
         """Return the turns of a conversation, after the system message."""
         turns, system = self.turns(name), self.system()
-        if system and turns[0]["role"] == "system":
-            if turns[0]["content"] != system[0]["content"]:
+        if system and turns and turns[0]["role"] == "system":
+            if turns[0]["content"].strip() != system[0]["content"].strip():
                 expected = f"that of {name}[0], or none"
                 raise self.fail(self.columns.system, system[0]["content"], expected)
             return turns
@@ -356,13 +373,14 @@ class _Reader:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                return False
+                return re.match(r'\s*\[\s*{\s*"role"', value) is not None  # cut off, say
             # an answer may be JSON as well: [{"from": "Berlin", "to": "Bonn"}]
             return bool(value) and all(map(self.is_turn, value))
         return isinstance(value, list)
 
     def is_turn(self, value: Any) -> bool:
-        keys = (self.columns.role, "from"), (self.columns.content, "value")
+        says = (self.columns.content, "value", "tool_calls", "function_call")
+        keys = (self.columns.role, "from"), says
         return isinstance(value, dict) and all(value.keys() & set(names) for names in keys)
 
     def turns(self, name: str) -> Messages:
@@ -373,9 +391,14 @@ class _Reader:
     def turn(self, turn: Any, field: str) -> dict[str, Any]:
         if not isinstance(turn, dict):
             raise self.fail(field, turn, "an object with role and content")
-        keys = [k for k, value in turn.items() if value is not None] + list(turn)
-        role_key = next((k for k in keys if k in (self.columns.role, "from")), None)
-        content_key = next((k for k in keys if k in (self.columns.content, "value")), None)
+
+        def pick(*names: str) -> str | None:
+            # Parquet has all keys in all turns, null where the others are used
+            found = [name for name in names if name in turn]
+            return next((n for n in found if turn[n] is not None), next(iter(found), None))
+
+        role_key = pick(self.columns.role, "from")
+        content_key = pick(self.columns.content, "value")
         if content_key is None and (turn.get("tool_calls") or turn.get("function_call")):
             turn, content_key = turn | {"content": ""}, "content"
         if role_key is None or content_key is None:
@@ -385,7 +408,7 @@ class _Reader:
         known = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known is None:
             raise self.fail(f"{field}.{role_key}", role, "system, user, assistant or tool")
-        own = (role_key, content_key, "learn", "input")  # the last two are ours
+        own = (role_key, content_key, "learn")  # the last one is ours
         rest = {k: v for k, v in turn.items() if k not in own and v is not None}
         content = "" if turn[content_key] is None else turn[content_key]
         message = {"role": known, "content": self.text(content, f"{field}.{content_key}")}

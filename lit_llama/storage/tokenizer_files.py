@@ -49,11 +49,11 @@ def read_tokenizer(checkpoint_dir: Path) -> TokenizerFiles:
     added |= {entry["content"]: int(index) for index, entry in entries.items()}
     plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
     named = read_named_tokens(checkpoint_dir)
-    special = added.keys() - plain
+    special = {entry["content"] for entry in entries.values()} - plain
     special |= {named[name] for name in ("bos_token", "eos_token") if named.get(name)}
     try:
         if path.suffix == ".json":
-            files = _load_json(path, added, special)
+            files = _load_json(path, added, special, plain)
         else:
             files = _load_sentencepiece(path, added, plain, options.get("legacy") or False)
     except UserError:
@@ -111,7 +111,9 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).exists() else {}
 
 
-def _load_json(path: Path, added: dict[str, int], special: set[str]) -> TokenizerFiles:
+def _load_json(
+    path: Path, added: dict[str, int], special: set[str], plain: set[str]
+) -> TokenizerFiles:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
@@ -130,7 +132,7 @@ def _load_json(path: Path, added: dict[str, int], special: set[str]) -> Tokenize
     for token, index in sorted(added.items(), key=lambda item: item[1]):
         if token not in known:
             is_new = backend.token_to_id(token) is None
-            backend.add_tokens([AddedToken(token, special=token in special)])
+            backend.add_tokens([AddedToken(token, special=token not in plain)])
             if is_new and backend.token_to_id(token) != index:
                 problem = f"{token} has id {index} in the files beside it, which is taken"
                 raise UserError(f"{path}: {problem}. Download the folder again")
