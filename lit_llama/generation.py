@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +80,13 @@ def stream(
             problem = f"the prompt has token id {token}, the model's embedding only {size} rows"
             raise UserError(f"{problem}. Use the model's own tokenizer, or save its new rows")
     tokens = (decoder or decode)(model, prompts, sampling)
-    stops = [eos_id] if isinstance(eos_id, int) else list(eos_id or [])
-    stops = torch.tensor(stops or [-1])  # -1 is never sampled
+    stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id or [-1]))  # -1: none
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
-    for token in copy_to_cpu_async(tokens) if model.embed_tokens.weight.is_cuda else tokens:
+    if table.weight.is_cuda:
+        from lit_llama.fast.decoding import copy_to_cpu_async  # it imports the book
+
+        tokens = copy_to_cpu_async(tokens)
+    for token in tokens:
         # A row that has stopped is still computed, but its tokens no longer count.
         token = torch.where(stopped, stops[0], token)
         stopped |= torch.isin(token, stops)
@@ -127,16 +129,6 @@ def require_numbers(logits: Tensor) -> None:
     if logits.isnan().any():
         hint = "Its weights are damaged, or it needs --precision 32-true"
         raise UserError(f"the model's logits are not numbers (NaN). {hint}")
-
-
-def copy_to_cpu_async(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Copy tokens from the GPU to the CPU, each while the GPU computes the next one."""
-    # Launch the next step first, then wait until the copy of this step's tokens is complete.
-    event = lambda: torch.cuda.current_stream().record_event()  # noqa: E731
-    copies = ((token.to("cpu", non_blocking=True), event()) for token in tokens)
-    for (copy, copied), _ in pairwise(chain(copies, [None])):
-        copied.synchronize()
-        yield copy
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -26,7 +26,13 @@ class LoRALinear(nn.Module):
     # learned magnitude m (section 4.1 there). `name` is the layer's checkpoint name, for dropout.
     # `trained`: the weights are those of a saved LoRA.
     def __init__(
-        self, base: nn.Linear, r: int, scaling: float, dropout: float, name: str, dora: bool = False
+        self,
+        base: nn.Linear,
+        r: int,
+        scaling: float,
+        dropout: float,
+        name: str,
+        dora: bool = False,
     ) -> None:
         super().__init__()
         self.base, self.scaling = base, scaling
@@ -68,7 +74,13 @@ class LoRALinear(nn.Module):
         return F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
 
-def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
+def dora_scale(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+) -> Tensor:
     """Compute m / |W + scaling B A| per row, (out_features,) in fp32 (DoRA, eq. 5)."""
     # No gradient flows through the norm (section 4.3 there). W + scaling B A itself is not made:
     # |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b A A^T b^T, for the rows w of W and b of B.

@@ -48,7 +48,6 @@ def fit(
     folder = RunFolder(fabric, run.out_dir, trained, optimizer, write_result, train.keep_last)
     if train.activation_checkpointing:
         checkpoint_blocks(model)
-
     with folder, StopSignals(fabric) as stop:
         progress = folder.begin(flags, run.resume, dataset.sha256)
         schedule = Schedule(train, len(dataset.train), progress)
@@ -56,7 +55,6 @@ def fit(
         if progress.step == 0:
             progress.first_val_loss = evaluate(fabric, model, dataset.val, train)
             console.val_loss(0, progress.first_val_loss)
-
         with metrics_logger(fabric, run.out_dir, run.logger, flags, progress) as log_step:
             for step in range(progress.step, schedule.num_steps):
                 # The samples follow from the seed and the progress alone, so that a resumed run
@@ -76,7 +74,6 @@ def fit(
                     if step == 0:  # the model is still the one that was loaded
                         hint = "The model's weights are damaged, or need --precision 32-true"
                     raise UserError(f"{what}. {hint}; samples: {sample_ids}")
-
                 progress.step += 1
                 progress.samples += len(sample_ids)
                 last = progress.step == schedule.num_steps
@@ -84,7 +81,6 @@ def fit(
                 if last or progress.step % train.eval_interval == 0:
                     val_loss = evaluate(fabric, model, dataset.val, train)
                 is_best = progress.update_best(val_loss)
-
                 tokens = sum(dataset.train.lengths[index] for index in sample_ids)
                 metrics = dict(step=progress.step, samples=len(sample_ids), tokens=tokens)
                 metrics |= dict(loss=loss, val_loss=val_loss, learning_rate=learning_rate)

@@ -15,12 +15,12 @@ from lit_llama.fast.decoding import (
     FusedAttention,
     PackedLinear,
     StaticLLaMA,
+    copy_to_cpu_async,
     optimize_for_inference,
 )
 from lit_llama.fast.speculation import speculate
 from lit_llama.generation import (
     Sampling,
-    copy_to_cpu_async,
     decode,
     generate,
     probabilities,

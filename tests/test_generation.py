@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import logits_process
 
 from lit_llama import Tokenizer, UserError, load_model
-from lit_llama.generation import Sampling, copy_to_cpu_async, generate, sample
+from lit_llama.fast.decoding import copy_to_cpu_async
+from lit_llama.generation import Sampling, generate, sample
 from lit_llama.lora import LoRAConfig, apply_lora, save_lora
 from lit_llama.runtime import cli
 

@@ -1,5 +1,8 @@
 """Inference optimizations: fused projections, prepacked weights, CUDA graphs, torch.compile."""
 
+from collections.abc import Iterator
+from itertools import chain, pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -191,3 +194,13 @@ class DecodeStep:
         with torch.cuda.graph(self.graph):
             self.logits = self.run()
         self.kv_cache.lengths.copy_(lengths)
+
+
+def copy_to_cpu_async(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Copy tokens from the GPU to the CPU, each while the GPU computes the next one."""
+    # Launch the next step first, then wait until the copy of this step's tokens is complete.
+    event = lambda: torch.cuda.current_stream().record_event()  # noqa: E731
+    copies = ((token.to("cpu", non_blocking=True), event()) for token in tokens)
+    for (copy, copied), _ in pairwise(chain(copies, [None])):
+        copied.synchronize()
+        yield copy
