@@ -162,8 +162,7 @@ def answer(
                 set_adapters(model, names * len(batch))
             if args.prompt is not None and names == [None]:
                 tokens = stream(model, rows, args.sampling(number), ends[0], decoder)
-                tokens = takewhile(lambda token: token not in ends[0], map(int, tokens))
-                count += _print_stream(tokenizer, tokens)
+                count += _print_stream(tokenizer, tokens, ends[0])
                 continue
             tokens = stream(model, rows, args.sampling(number), None, decoder)
             answers = until_stops(tokens, ends * len(batch))
@@ -197,21 +196,28 @@ def until_stops(
     return answers
 
 
-def _print_stream(tokenizer: "Tokenizer", tokens: Iterable[int]) -> int:
+def _print_stream(
+    tokenizer: "Tokenizer", tokens: "Iterator[torch.Tensor]", ends: Collection[int]
+) -> int:
     """Print one answer as it is decoded. Returns its number of tokens."""
     count = -1  # the last piece belongs to no token
-    for piece in stream_text(tokenizer, tokens):
+    for piece in stream_text(tokenizer, map(int, tokens), ends):
         print(piece, end="", flush=True)
         count += 1
     print(flush=True)
     return count
 
 
-def stream_text(tokenizer: "Tokenizer", tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text that each token adds, and in the end what an incomplete character left."""
+def stream_text(
+    tokenizer: "Tokenizer", tokens: Iterable[int], ends: Collection[int] = ()
+) -> Iterator[str]:
+    """Yield the text that each token adds, and in the end what an incomplete character left.
+
+    An end token, special or not, is no part of the text.
+    """
     ids: list[int] = []
     printed = text = ""
-    for token in tokens:
+    for token in takewhile(lambda token: token not in ends, tokens):
         ids.append(token)
         text = tokenizer.decode(ids)
         # a character of several tokens decodes to U+FFFD until the last of them is there

@@ -118,14 +118,12 @@ class Chat:
             prompts = [torch.tensor(ids)]
             for token in stream(self.model, prompts, sampling, self.stops, decoder):
                 new.append(int(token))
-                if new[-1] in self.stops:  # not to be printed, special or not
-                    return
                 yield new[-1]
 
         answer = ""
         self.cached = []  # if decoding fails
         try:
-            for piece in stream_text(self.tokenizer, decoded()):
+            for piece in stream_text(self.tokenizer, decoded(), self.stops):
                 answer += piece
                 yield piece
         finally:

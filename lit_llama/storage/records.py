@@ -93,6 +93,9 @@ def read_records(source: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file}, record {number}", record
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 ({error.reason}). Save it as UTF-8") from None
+        except (ValueError, OverflowError, RecursionError) as error:
+            # such as a date out of range, a number of thousands of digits, very deep nesting
+            raise UserError(f"{file}: malformed ({error})") from None
         except (EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot be unpacked ({error}). Download it again") from None
         except OSError as error:
@@ -156,9 +159,7 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        raise
-    except (pyarrow.ArrowException, OverflowError, ValueError) as error:  # such as of a date
+    except pyarrow.ArrowException as error:
         raise UserError(f"{file}: malformed ({error}). Download it again") from None
 
 
@@ -191,10 +192,6 @@ def _read_json(handle: IO[str], buffer: str, file: Path) -> Iterator[Any]:
                 line += buffer.count("\n", 0, error.pos)
                 hint = "" if is_records_file(file.name) else '. A text goes into {"text": "..."}'
                 raise UserError(f"{file}, line {line}: malformed ({error.msg}){hint}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits
-            if isinstance(error, UnicodeDecodeError):
-                raise
-            raise UserError(f"{file}: malformed ({error})") from None
         line += buffer.count("\n", 0, start)
         buffer, start, size = buffer[start:] + more, 0, 2 * size
 
@@ -354,14 +351,16 @@ class _Reader:
             messages += [turn | {"learn": False} for turn in self.turns(instruction)]
         else:
             user = {"role": "user", "content": self.string(instruction)}
-            context = self.columns.input
-            if context not in (instruction, output, self.columns.system) and self.string(context):
-                user["input"] = self.string(context)
+            name = self.columns.input
+            is_other = name not in (instruction, output, self.columns.system)
+            if is_other and (context := self.string(name)):
+                user["input"] = context
             messages.append(user)
         if self.has_turns(output):
             turns = self.turns(output)
-            again = [turn for turn in turns[:1] if turn["role"] == "user"]
-            if again and messages and again[0].items() <= messages[-1].items():
+            first = turns[0] if turns else {}
+            # preference data has the question here, too
+            if messages and first.get("role") == "user" and first.items() <= messages[-1].items():
                 turns = turns[1:]
             return messages + turns
         return [*messages, {"role": "assistant", "content": self.string(output)}]
