@@ -20,6 +20,8 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.kv_cache import KVCache
 
 Rope = tuple[Tensor, Tensor]  # cos and signed sin of `rope_table`
+# Lets `varlen_attn` take fewer key heads than query heads; torch 2.11 does so without.
+GQA = {} if torch.__version__ < (2, 12) else {"enable_gqa": True}
 
 
 class PackedSequences:
@@ -263,25 +265,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, seqs: PackedSequ
     """
     groups = query.size(1) // key.size(1)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        # One FlashAttention kernel for all sequences. With gradients, that of torch 2.11 needs as
-        # many key heads as query heads.
-        if groups > 1:
-            key = key.repeat_interleave(groups, dim=1)
-            value = value.repeat_interleave(groups, dim=1)
+        # One FlashAttention kernel for all sequences, causal by its window.
         ends = (seqs.cu_seqlens, seqs.cu_seqlens)
         longest = (seqs.max_length, seqs.max_length)
-        return varlen_attn(query, key, value, *ends, *longest, window_size=(-1, 0))
+        options = dict(window_size=(-1, 0), **GQA)
+        return varlen_attn(query, key, value, *ends, *longest, **options)
 
     # Elsewhere, one call for each sequence, or a single one if all lengths are equal.
     lengths, count = seqs.lengths, 1
     if seqs.uniform:
         lengths, count = [sum(lengths)], len(lengths)
     parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    options = dict(is_causal=True, enable_gqa=groups > 1)
     attended = []
     for part in parts:
         # (count * seq, heads, head_dim) -> (count, heads, seq, head_dim)
         part = [x.unflatten(0, (count, -1)) for x in part]
         q, k, v = (x.transpose(1, 2) for x in part)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+        out = F.scaled_dot_product_attention(q, k, v, **options)
         attended.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)
