@@ -6,7 +6,7 @@
 # down. So a step costs one gather and no random numbers.
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Mask = tuple[Tensor, Tensor]  # a table, and a row of it for each token
 TABLE_ROWS = 4096
-_rows: Tensor | None = None  # (tokens,) int64: the table row of each token of the micro-batch
+current_rows: Tensor | None = None  # (tokens,) int64: the table row of each token
 
 
 @contextmanager
@@ -23,17 +24,17 @@ def token_rows(
     seed: int, step: int, sample_ids: list[int], lengths: list[int], device: torch.device
 ) -> Iterator[None]:
     """Set the dropout rows of a micro-batch. Its forward and backward pass run inside."""
-    global _rows
+    global current_rows
     rows = []
     for sample_id, length in zip(sample_ids, lengths, strict=True):
         # Python hashes tuples of integers alike in every process.
         first = hash((seed, step, sample_id)) % TABLE_ROWS
         rows.append(torch.arange(first, first + length))
-    _rows = torch.cat(rows).to(device, non_blocking=True)
+    current_rows = torch.cat(rows).to(device, non_blocking=True)
     try:
         yield
     finally:
-        _rows = None
+        current_rows = None
 
 
 def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
@@ -42,20 +43,23 @@ def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
     # its `name`, uses other masks. Outside of `token_rows` this is `F.dropout`.
     if p == 0.0:
         return x
-    mask = token_mask(p, name, x)
-    return F.dropout(x, p) if mask is None else x * mask() * (1 / (1 - p))
+    if (mask := token_mask(p, name, x)) is None:
+        return F.dropout(x, p)
+    table, rows = mask
+    return x * table.index_select(0, rows) * (1 / (1 - p))
 
 
-def token_mask(p: float, name: str, x: Tensor) -> Callable[[], Tensor] | None:
-    """Return a function that makes the mask for x, of zeros and ones; None without `token_rows`."""
-    # A function, because a mask is cheaper to gather twice than to keep for the backward pass.
-    if _rows is None:
+def token_mask(p: float, name: str, x: Tensor) -> Mask | None:
+    """Return a table of zeros and ones and the row of each token; None without `token_rows`."""
+    # Not the mask itself: it is cheaper to gather it twice than to keep it for the backward pass.
+    if current_rows is None:
         return None
     # The prompt of an adapter belongs to no sample: its rows count from zero.
-    rows = _rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
+    rows = current_rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
     rows = (rows + zlib.crc32(name.encode())) % TABLE_ROWS
-    table = _mask_table(p, x.size(-1), x.dtype, x.device)
-    return lambda: table.index_select(0, rows)
+    # Bool is half of the memory traffic on a GPU. The CPU would convert it at each use.
+    dtype = torch.bool if x.is_cuda else x.dtype
+    return _mask_table(p, x.size(-1), dtype, x.device), rows
 
 
 @lru_cache(maxsize=8)

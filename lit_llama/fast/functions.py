@@ -3,16 +3,13 @@
 Backward passes overwrite saved tensors, so they can run only once.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lit_llama.model import apply_rope
-
-Mask = Callable[[], Tensor] | None  # makes the dropout mask of `token_mask`
+from lit_llama.dropout import Mask
+from lit_llama.fast import kernels
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -69,22 +66,14 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (weight * F.rms_norm(x, weight.shape, eps=eps).to(x.dtype)).to(x.dtype)
+        return kernels.rms_norm(x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # y = x r with r = 1 / sqrt(mean(x^2) + eps): dx = r dy - x r^3 mean(x dy)
-        wide, grad_normed = x.float(), (grad * weight).float()
-        size = x.size(-1)
-        r = torch.linalg.vecdot(wide, wide)[..., None].div_(size).add_(ctx.eps).rsqrt_()
-        along = torch.linalg.vecdot(wide, grad_normed)[..., None].mul_(r**3 / size)
-        grad_x = torch.addcmul(grad_normed.mul_(r), wide, along, value=-1).to(x.dtype)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * (wide * r).to(x.dtype)).flatten(0, -2).sum(0)
-        return grad_x, grad_weight, None
+        needs_weight = ctx.needs_input_grad[1]
+        return *kernels.rms_norm_backward(grad, x, weight, ctx.eps, needs_weight), None
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -93,13 +82,12 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return kernels.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return kernels.swiglu_backward(grad, *ctx.saved_tensors)
 
 
 class RoPEFunction(torch.autograd.Function):
@@ -108,27 +96,32 @@ class RoPEFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return apply_rope(x, (cos, sin))
+        return kernels.rope(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return apply_rope(grad, (cos, -sin)), None, None
+        return kernels.rope_backward(grad, *ctx.saved_tensors), None, None
 
 
 class LoRAFunction(torch.autograd.Function):
     """y + scaling * B A (x * mask), into y itself.
 
-    y (tokens, out), x (tokens, in), a (r, in) and b (out, r) are of one dtype. `mask` returns a
-    factor for x, or is None.
+    y (tokens, out), x (tokens, in), a (r, in) and b (out, r) are of one dtype. The mask, that of
+    `token_mask`, may be None.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Mask
+        ctx: FunctionCtx,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        mask: Mask | None,
     ) -> Tensor:
-        low_rank = F.linear(x if mask is None else x * mask(), a).mul_(scaling)
+        low_rank = F.linear(x if mask is None else kernels.masked(x, *mask), a).mul_(scaling)
         ctx.save_for_backward(x, a, b, low_rank)
         ctx.scaling, ctx.mask = scaling, mask
         ctx.mark_dirty(y)
@@ -142,7 +135,5 @@ class LoRAFunction(torch.autograd.Function):
         grad_low_rank = (grad @ b).mul_(ctx.scaling)
         grad_x = grad_low_rank @ a
         if ctx.mask is not None:
-            mask = ctx.mask()
-            x = x * mask
-            grad_x.mul_(mask)
+            x, grad_x = kernels.masked_both(x, grad_x, *ctx.mask)
         return grad, grad_x, grad_low_rank.T @ x, grad_b, None, None
