@@ -25,8 +25,8 @@ def main(
     import torch
 
     from lit_llama.adapter import apply_adapter_v2
-    from lit_llama.fast import use_fast_paths
-    from lit_llama.runtime.devices import PRECISIONS, setup_fabric, setup_model
+    from lit_llama.fast import optimize_for_training
+    from lit_llama.runtime.devices import PRECISIONS, check_memory, setup_fabric, setup_model
     from lit_llama.runtime.loggers import check_logger
     from lit_llama.storage.datasets import load_dataset
     from lit_llama.storage.model_folder import empty_model
@@ -42,8 +42,8 @@ def main(
     dataset = load_dataset(args.data_dir, args.checkpoint_dir)
     apply_adapter_v2(model, adapter)
     methods = {"llama_adapter_v2": adapter}
-    if train.fast_paths:
-        use_fast_paths(model)
+    optimize_for_training(model, fabric.device, train.fast_paths, train.recompute)
+    check_memory(fabric, model, dataset, args, train)
     model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
     fit(fabric, model, dataset, methods, train, args, flags)
 

@@ -29,8 +29,8 @@ def main(
     import torch  # only now, after the flags are read, so that --help is fast
 
     from lit_llama.adapter import apply_adapter
-    from lit_llama.fast import use_fast_paths
-    from lit_llama.runtime.devices import PRECISIONS, setup_fabric, setup_model
+    from lit_llama.fast import optimize_for_training
+    from lit_llama.runtime.devices import PRECISIONS, check_memory, setup_fabric, setup_model
     from lit_llama.runtime.loggers import check_logger
     from lit_llama.storage.datasets import load_dataset
     from lit_llama.storage.loras import init_lora, starting_config
@@ -50,8 +50,8 @@ def main(
     methods = {"LORA": lora} | ({"llama_adapter": adapter} if adapter else {})
     if adapter is not None:
         apply_adapter(model, adapter)
-    if train.fast_paths:
-        use_fast_paths(model)
+    optimize_for_training(model, fabric.device, train.fast_paths, train.recompute)
+    check_memory(fabric, model, dataset, args, train)
     model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
     fit(fabric, model, dataset, methods, train, args, flags)
 

@@ -36,9 +36,12 @@ class AdapterAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Context) -> Tensor:  # (tokens, hidden)
         query, key, value = self.base.project(hidden_states, context.rope)
+        return self.base.o_proj(self.attend(query, key, value, context).flatten(1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """Attend to the tokens and to the prompt. Returns (tokens, heads, head_dim)."""
         attended = self.base.attend(query, key, value, context)
-        attended = attended + self.attend_to_prompt(query)
-        return self.base.o_proj(attended.flatten(1))
+        return attended + self.attend_to_prompt(query)
 
     def attend_to_prompt(self, query: Tensor) -> Tensor:
         """Return the gated attention to the prompt, shaped as query (tokens, heads, head_dim)."""

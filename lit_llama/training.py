@@ -16,7 +16,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lit_llama.data import TokenizedDataset, pack_micro_batches, sample_indices, split_across_ranks
@@ -46,8 +45,6 @@ def fit(
     info = SaveInfo(model.module, str(run.checkpoint_dir), dataset.template)
     write_result = partial(save_methods, methods=methods, info=info)
     folder = RunFolder(fabric, run.out_dir, trained, optimizer, write_result, train.keep_last)
-    if train.activation_checkpointing:
-        checkpoint_blocks(model)
     with folder, StopSignals(fabric) as stop:
         progress = folder.begin(flags, run.resume, dataset.sha256)
         schedule = Schedule(train, len(dataset.train), progress)
@@ -221,9 +218,3 @@ def micro_batches(
     """Pack samples into the micro-batches of this process."""
     batches = pack_micro_batches(sample_ids, dataset.lengths, train.micro_batch_tokens)
     return split_across_ranks(batches, fabric.global_rank, fabric.world_size)
-
-
-def checkpoint_blocks(model: _FabricModule) -> None:
-    """Save only the input of each block, and run the block again in the backward pass."""
-    for layer in model.module.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -33,8 +33,8 @@ TOKEN_HINT = f"Make one that may write at {TOKEN_PAGE}, then run: hf auth login"
 LOCAL_PATH = re.compile(r"(^|[:=\s])[/~]|(^|/)\.\.(/|$)")
 # flags that do not change what is learned
 NOT_THE_RECIPE = re.compile(
-    r".*_dir|devices|num_nodes|resume|config|train\.(micro_batch_tokens|activation_checkpointing"
-    r"|fast_paths|eval_.*|save_.*|keep_last|log_interval)"
+    r".*_dir|devices|num_nodes|resume|config|train\.(micro_batch_tokens|recompute"
+    r"|activation_checkpointing|fast_paths|eval_.*|save_.*|keep_last|log_interval)"
 )
 DESCRIPTIONS = {
     "LORA": "A LoRA in the format of PEFT",

@@ -27,8 +27,8 @@ RECIPE += "--train.learning_rate 1e-2 --train.warmup_steps 2 --train.save_interv
 METHODS = {
     "lora": ["--lora.dropout", "0.1", "--lora.targets", "[all-linear]", "--lora.use_dora", "true"],
     "adapter": ["--adapter.start_layer", "0"],
-    "adapter_v2": ["--adapter.start_layer", "1"],
-    "full": ["--train.activation_checkpointing", "true"],
+    "adapter_v2": ["--adapter.start_layer", "1", "--train.recompute", "activations"],
+    "full": ["--train.recompute", "block"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lit_llama import load_model
 from lit_llama.adapter import AdapterConfig
 from lit_llama.dropout import token_dropout, token_mask, token_rows
-from lit_llama.fast import use_fast_paths
+from lit_llama.fast import optimize_for_training, use_fast_paths
 from lit_llama.fast.functions import (
     CrossEntropyFunction,
     LoRAFunction,
@@ -25,6 +26,7 @@ from lit_llama.fast.functions import (
 )
 from lit_llama.fast.short_attention import LengthBuckets, ShortAttentionFunction
 from lit_llama.runtime.args import RunArgs
+from lit_llama.runtime.memory import Counter
 from lit_llama.training import TrainArgs
 
 CPU = torch.device("cpu")
@@ -173,3 +175,42 @@ def test_a_head_that_a_method_wraps_is_part_of_the_loss(tiny_checkpoint: Path) -
     use_fast_paths(model)
     actual = model(ids, label_positions=torch.arange(19), labels=ids[1:])
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("apply", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("in_training", [True, False], ids=["masks", "random dropout"])
+def test_recomputing_saves_memory_and_changes_no_bit(
+    tiny_checkpoint: Path, apply: Callable, fast: bool, in_training: bool
+) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.float32).train()
+    apply(model)
+    randomized(model)
+    ids = torch.randint(300, (60,), generator=torch.Generator().manual_seed(1))
+    results, saved = [], []
+    for level in ("none", "none", "activations", "block"):  # the first one also makes tables
+        copy = deepcopy(model)
+        optimize_for_training(copy, CPU, fast, level)
+        torch.manual_seed(3)
+        rows = token_rows(1, 2, [3, 4, 5], [20, 33, 7], CPU) if in_training else nullcontext()
+        with rows, Counter() as counter:
+            before = counter.live
+            loss = copy(ids, [20, 33, 7], torch.arange(5, 59), ids[6:])
+            saved.append(counter.live - before)
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in copy.parameters() if p.requires_grad)])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    assert saved[1] > saved[2] > saved[3]
+
+
+def test_the_level_on_each_device(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    for device, level, expected in (
+        ("cuda", None, "ActivationsBlock"),
+        ("cpu", None, "Block"),
+        ("cuda", "none", "Block"),
+        ("cpu", "block", "WholeBlock"),
+    ):
+        optimize_for_training(model, torch.device(device), recompute=level)
+        assert {type(layer).__name__ for layer in model.layers} == {expected}

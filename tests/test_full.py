@@ -77,10 +77,13 @@ def test_mixed_precision_keeps_updates_that_bf16_would_round_away(
     assert changed["bf16-mixed"] > 0.5 > 3 * changed["bf16-true"]
 
 
-def test_activation_checkpointing_changes_nothing_but_memory(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path
+@pytest.mark.parametrize("fast_paths", [True, False])
+def test_recomputing_changes_nothing_but_memory(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, fast_paths: bool
 ) -> None:
     flags = (tiny_checkpoint, tiny_data, "32-true")
-    plain = train(tmp_path / "plain", *flags)
-    checkpointed = train(tmp_path / "checkpointed", *flags, activation_checkpointing=True)
-    assert plain == checkpointed
+    curves = [
+        train(tmp_path / level, *flags, recompute=level, fast_paths=fast_paths)
+        for level in ("none", "activations", "block")
+    ]
+    assert curves[0] == curves[1] == curves[2]

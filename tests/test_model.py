@@ -182,7 +182,7 @@ def test_loss_matches_cross_entropy_of_transformers(
 ) -> None:
     hf_model, model = both_models(tmp_path)
     if chunk is not None:
-        monkeypatch.setattr(modules, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(modules.FastLLaMA, "loss_chunk", chunk)
         use_fast_paths(model)
     lengths, positions = [6, 13, 4], torch.tensor([3, 4, 5, 8, 9, 15, 18, 20, 21, 22, 0])
     input_ids, labels = random_ids(23), random_ids(len(positions), seed=2)
@@ -210,7 +210,7 @@ def test_loss_over_all_tokens_matches_cross_entropy_of_transformers(tmp_path: Pa
 def test_gradients_of_all_weights_match_transformers(
     tmp_path: Path, monkeypatch, settings: dict, lengths: list[int], fast: bool
 ) -> None:
-    monkeypatch.setattr(modules, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(modules.FastLLaMA, "loss_chunk", 7)
     hf_model, model = both_models(tmp_path, **settings)
     if fast:
         use_fast_paths(model)

@@ -60,7 +60,7 @@ def test_a_recipe_is_what_its_comment_says(recipe: Path, monkeypatch) -> None:
     assert script == f"finetune/{estimated['method']}.py"
     assert run.get("lora", estimated["lora"]) == estimated["lora"]
     assert run["train"].micro_batch_tokens == estimated["micro_batch_tokens"]
-    assert run["train"].activation_checkpointing == estimated["activation_checkpointing"]
+    assert run["train"].recompute == estimated["recompute"]
     for name in ("devices", "precision", "quantize"):
         assert run[name] == estimated[name]
     for name in keys(recipe):  # only what differs from the defaults

@@ -22,14 +22,21 @@ from lit_llama.fast import use_fast_paths
 from lit_llama.lora import LoRAConfig, LoRALinear, apply_lora
 from lit_llama.runtime import cli
 from lit_llama.runtime.args import RunArgs
-from lit_llama.runtime.devices import setup_fabric, setup_model
+from lit_llama.runtime.devices import StopSignals, setup_fabric, setup_model
 from lit_llama.runtime.loggers import METRICS
 from lit_llama.storage.datasets import Dataset, load_dataset
 from lit_llama.storage.files import read_tensors
 from lit_llama.storage.methods import METHODS
 from lit_llama.storage.model_folder import empty_model
 from lit_llama.storage.run_folder import Progress, checkpoints, read_flags
-from lit_llama.training import Schedule, TrainArgs, evaluate, fit
+from lit_llama.training import (
+    Schedule,
+    TrainArgs,
+    evaluate,
+    fit,
+    make_optimizer,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -67,6 +74,28 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
 
 
 RECIPE = dict(batch_size=24, max_steps=10, learning_rate=1e-2, warmup_steps=2)
+
+
+def test_a_step_waits_for_the_device_once(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, monkeypatch
+) -> None:
+    """On a GPU, reading a number is waiting for all that comes before it."""
+    run = RunArgs(tmp_path / "out", tiny_checkpoint, tiny_data, precision="32-true")
+    fabric, dataset, model = start_run(run, lambda model: apply_lora(model, LoRAConfig()))
+    trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    train = TrainArgs(micro_batch_tokens=64)
+    optimizer = fabric.setup_optimizers(make_optimizer(trained, train, {}))
+    waits = []
+
+    def noted(read: Callable) -> Callable:
+        return lambda tensor: waits.append(read) or read(tensor)
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    with StopSignals(fabric) as stop:
+        train_step(fabric, model, optimizer, dataset.train, list(range(12)), train, 1, 0)
+        assert stop.agreed() == 0
+    assert len(waits) == 1
 
 
 def test_losses_are_the_same_for_any_micro_batch_size(

@@ -1,8 +1,28 @@
 """Faster modules in place of the plain ones in lit_llama/*.py, equal to them up to rounding.
 
-`use_fast_paths(model)` swaps them in for training, `decoding.optimize_for_inference` for decoding.
+`optimize_for_training` swaps them in for training, `decoding.optimize_for_inference` for decoding.
 """
 
-from lit_llama.fast.modules import use_fast_paths
+import torch
 
-__all__ = ["use_fast_paths"]
+from lit_llama.fast.modules import use_fast_paths
+from lit_llama.fast.recompute import set_recompute
+from lit_llama.model import LLaMA
+
+__all__ = ["optimize_for_training", "set_recompute", "use_fast_paths"]
+
+
+def optimize_for_training(
+    model: LLaMA, device: torch.device, fast_paths: bool = True, recompute: str | None = None
+) -> None:
+    """Swap in faster modules, and what the backward pass computes again, before sharding.
+
+    `recompute` is "none", "activations" or "block". The default saves memory on a GPU and time on
+    the CPU: "activations" there and "none" here.
+    """
+    on_gpu = device.type == "cuda"
+    if fast_paths:
+        use_fast_paths(model)
+        if on_gpu:
+            model.loss_chunk = 512  # larger matmuls; on the CPU, a chunk should fit into the cache
+    set_recompute(model, recompute or ("activations" if on_gpu else "none"))

@@ -1,22 +1,15 @@
 """Subclasses of the book's modules that save less for the backward pass."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lit_llama.adapter import AdapterAttention
 from lit_llama.dropout import token_mask
 from lit_llama.fast import functions
+from lit_llama.fast.recompute import recompute
 from lit_llama.fast.short_attention import MAX_SAMPLE_TOKENS, LengthBuckets, ShortAttentionFunction
 from lit_llama.lora import LoRALinear
 from lit_llama.model import MLP, Attention, Context, LLaMA, RMSNorm, Rope
-
-LOSS_CHUNK = 256  # labels whose logits are in memory at a time
-
-# Call a function that is cheaper to compute again than to save its intermediate results.
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def use_fast_paths(model: LLaMA) -> None:
@@ -31,17 +24,20 @@ def use_fast_paths(model: LLaMA) -> None:
 class FastLLaMA(LLaMA):
     """Compute the loss in chunks, so that the full logits are never materialized."""
 
+    loss_chunk = 256  # labels whose logits are in memory at once
+
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if type(head) not in (nn.Linear, nn.Embedding):
             # A method wraps the head: let autograd find its gradients, chunk by chunk.
-            chunks = zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+            parts = (x.split(self.loss_chunk) for x in (hidden_states, labels))
             plain = super().cross_entropy_sum
-            return torch.stack([recompute(plain, *chunk) for chunk in chunks]).sum()
+            return torch.stack([recompute(plain, *part) for part in zip(*parts, strict=True)]).sum()
         # The gradient of a weight that trains is as large as that many rows of logits, and is
         # best computed in one piece.
-        weight = head.weight
-        chunk = max(LOSS_CHUNK, weight.size(1)) if weight.requires_grad else LOSS_CHUNK
+        weight, chunk = head.weight, self.loss_chunk
+        if weight.requires_grad:
+            chunk = max(chunk, weight.size(1))
         if not torch.is_grad_enabled():
             weight = weight.detach()  # the function computes gradients in its forward pass
         return functions.CrossEntropyFunction.apply(hidden_states, weight, labels, chunk)
@@ -98,8 +94,7 @@ class FastLoRALinear(LoRALinear):
         return functions.LoRAFunction.apply(y, x, a, b, self.scaling / (1 - p), mask)
 
     def update(self, x: Tensor) -> Tensor:
-        draws = self.training and self.dropout > 0
-        return recompute(super().update, x, preserve_rng_state=draws)
+        return recompute(super().update, x)
 
 
 class FastAdapterAttention(AdapterAttention):

@@ -52,7 +52,7 @@ class TrainArgs:
     Args:
         batch_size: Samples per optimizer step, over all devices.
         micro_batch_tokens: Tokens per forward pass; does not change results.
-        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        recompute: What backward computes again (GPU default: activations).
         fast_paths: Use the optimized modules of lit_llama/fast.
         epochs: Passes over the training set.
         max_steps: Stop after this many steps, regardless of epochs.
@@ -73,7 +73,7 @@ class TrainArgs:
 
     batch_size: PositiveInt = 128
     micro_batch_tokens: PositiveInt = 2048
-    activation_checkpointing: bool = False
+    recompute: Literal["none", "activations", "block"] | None = None
     fast_paths: bool = True
     epochs: PositiveInt = 5
     max_steps: PositiveInt | None = None

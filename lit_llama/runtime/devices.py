@@ -22,6 +22,8 @@ from lightning.fabric.wrappers import _FabricModule
 
 from lit_llama.errors import UsageError, UserError
 from lit_llama.model import LLaMA
+from lit_llama.runtime.args import RunArgs, TrainArgs
+from lit_llama.storage.datasets import Dataset
 from lit_llama.storage.model_folder import load_weights
 from lit_llama.storage.shards import shard
 
@@ -44,7 +46,21 @@ def inference_dtype(precision: str) -> torch.dtype:
 
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuDNN plans its attention anew for each shape; the other kernels are as fast
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda")
+
+
+def check_gpu(precision: str, world_size: int) -> None:
+    """Raise UsageError if the GPU has no bf16; print a line if other GPUs are left idle."""
+    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+    if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(False):
+        hint = "Pass --precision 32-true, and --quantize nf4 if memory is short; there is no fp16"
+        raise UsageError(f"--precision {precision}: {name} has no bf16, Ampere was first. {hint}")
+    if world_size == 1 and count > 1:
+        print(f"1 of {count} GPUs is used. For all of them: --devices {count}", file=sys.stderr)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -66,11 +82,9 @@ def setup_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
         # `setup_model` shards; Fabric's own hook would have to load the weights as well
         strategy = ModelParallelStrategy(lambda model, _: model, world_size, 1, timeout=TIMEOUT)
     # Fabric's bf16-true would round the parameters that methods add in fp32
-    precision = "32-true" if precision == "bf16-true" else precision
+    plugin = "32-true" if precision == "bf16-true" else precision
     try:
-        fabric = Fabric(
-            strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision
-        )
+        fabric = Fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=plugin)
         environment = getattr(fabric.strategy, "cluster_environment", None)
         starts_processes = isinstance(environment, LightningEnvironment)
         addresses = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
@@ -83,9 +97,24 @@ def setup_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         # more devices than there are, or other numbers than those of torchrun or SLURM
         raise UsageError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
+    if default_device().type == fabric.device.type == "cuda":
+        check_gpu(precision, world_size)
     if starts_processes and fabric.local_rank > 0:
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     return fabric
+
+
+def check_memory(
+    fabric: Fabric, model: LLaMA, dataset: Dataset, args: RunArgs, train: TrainArgs
+) -> None:
+    """Print a line if the GPU has too little free memory, or enough to be faster."""
+    if fabric.device.type == "cuda" and fabric.is_global_zero:
+        from lit_llama.runtime.memory import memory_advice  # slow to import, and for GPUs only
+
+        free, _ = torch.cuda.mem_get_info(fabric.device)
+        longest = max(dataset.train.lengths)
+        if line := memory_advice(model, longest, args, train, fabric.world_size, free):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -105,7 +134,9 @@ def setup_model(
             raise UsageError(f"--quantize {quantize}: works on one device only")
         shard(model, fabric.strategy.device_mesh)
     load_weights(model, checkpoint_dir, fabric.device, quantize)
-    return fabric.setup_module(model, move_to_device=fabric.world_size == 1)
+    if fabric.world_size == 1:
+        model.to(fabric.device)  # what methods have added, without Fabric's warning that it moves
+    return fabric.setup_module(model, move_to_device=False)
 
 
 @contextmanager
@@ -168,5 +199,7 @@ class StopSignals:
 
     def agreed(self) -> int:
         """Return the signal that any process has received, else 0: all stop after the same step."""
+        if self.fabric.world_size == 1:
+            return self.received  # without waiting for the GPU
         number = torch.tensor(float(self.received), device=self.fabric.device)
         return int(self.fabric.all_reduce(number, reduce_op="max"))
