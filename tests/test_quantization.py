@@ -13,7 +13,8 @@ from conftest import load_script, make_hf_model
 from torch import nn
 
 from lit_llama import LLaMA, LLaMAConfig, UserError, load_model
-from lit_llama.fast import use_fast_paths
+from lit_llama.fast import kernels, use_fast_paths
+from lit_llama.fast import quantization as quantization_module
 from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.fast.quantization import (
     FOR_DECODING,
@@ -229,6 +230,50 @@ def test_lora_on_a_quantized_base_learns_and_answers(
     args = script.AnswerArgs("Hi", max_new_tokens=5, quantize="int8")
     script.main(args, [tmp_path / "out"])
     assert "tokens/sec" in capsys.readouterr().err
+
+
+def test_nf4_is_unpacked_by_bitsandbytes_as_by_our_kernel(monkeypatch) -> None:
+    layer = NF4Linear(normal(48, 200))
+    theirs = layer.dequantize_by_bitsandbytes().view(48, -1)[:, :200]
+    # they multiply in fp32 what is rounded to bf16 here
+    torch.testing.assert_close(theirs, layer.dequantize(), rtol=1e-2, atol=0)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # cannot be imported
+    monkeypatch.setattr(quantization_module, "BITSANDBYTES", True)
+    assert layer.dequantize_by_bitsandbytes() is None
+    assert not quantization_module.BITSANDBYTES
+
+
+def test_fp8_quantizes_the_input_of_several_projections_once(monkeypatch) -> None:
+    calls = []
+    to_fp8 = kernels.to_fp8
+    layers = [FP8Linear(normal(64, 32, seed=seed)) for seed in range(3)]
+    x = normal(20, 32, seed=5)
+    monkeypatch.setattr(kernels, "to_fp8", lambda x, *more: calls.append(x) or to_fp8(x, *more))
+    first = [layer(x) for layer in layers]
+    assert len(calls) == 1
+    x.mul_(2)  # another input in the same tensor
+    for layer, before in zip(layers, first, strict=True):
+        assert torch.equal(layer(x), 2 * before)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", FOR_DECODING)
+def test_the_head_is_int8_on_the_cpu(tmp_path: Path, name: str) -> None:
+    """Tied or not: its size counts most where the model is small."""
+    for tied in (True, False):
+        make_hf_model(tie_word_embeddings=tied).save_pretrained(tmp_path / str(tied))
+        model = load_model(tmp_path / str(tied))
+        optimize_for_inference(model, torch.device("cpu"), name)
+        assert type(model.lm_head) is Int8Linear
+
+
+def test_int4_on_a_gpu_is_for_bf16() -> None:
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    weight = normal(32, 128, dtype=torch.float32).as_subclass(OnGPU)
+    with pytest.raises(UserError, match="--quantize int4: on a GPU with --precision bf16-true"):
+        Int4Linear(weight)
 
 
 def test_unsupported_quantization_is_refused(

@@ -4,14 +4,20 @@ Each holds W (out_features, in_features) quantized in buffers and computes y = x
 Gradients flow to x only.
 """
 
+import importlib.util
+import weakref
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lit_llama.errors import UserError
+from lit_llama.fast import kernels
 
-FP8 = torch.float8_e4m3fn
+# Set to False to unpack NF4 by our own kernel on a GPU even if bitsandbytes is installed.
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 NF4_BLOCK = 64  # weights that share a scale
 # QLoRA (Dettmers et al. 2023, arXiv 2305.14314), appendix E: quantiles of a normal distribution.
 NF4_VALUES = (
@@ -62,7 +68,7 @@ class MatmulFunction(torch.autograd.Function):
 class Int8Linear(QuantizedLinear):
     """One scale per row of W. Under torch.compile the conversion is fused with the matmul."""
 
-    KERNEL_ROWS = 8  # most tokens for which torch's int8 kernel is faster on the CPU
+    KERNEL_ROWS = 8  # most tokens for which a kernel that reads int8 is faster
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
@@ -78,19 +84,24 @@ class Int8Linear(QuantizedLinear):
         # torch.compile cannot trace an offset, but makes buffers of its own.
         aligned = torch.compiler.is_compiling() or x.storage_offset() % 16 == 0
         fits = self.in_features % 16 == 0 and x.is_contiguous() and aligned
-        if fits and x.device.type == "cpu" and x.dim() == 2 and len(x) <= self.KERNEL_ROWS:
+        few = x.dim() == 2 and len(x) <= self.KERNEL_ROWS
+        if fits and few and x.device.type == "cpu":
             return torch._weight_int8pack_mm(x, self.int8, self.scale)
+        if few and x.is_cuda:
+            return kernels.int8_matmul(x, self.int8, self.scale)
         return F.linear(x, self.int8.to(x.dtype)) * self.scale
 
 
 class Int4Linear(QuantizedLinear):
-    """A scale and a zero point per group of weights, for torch's int4 kernels (CUDA: sm80).
+    """A scale and a zero point per group of weights, for torch's int4 kernels (CUDA: sm80, bf16).
 
     A shape that does not fit the kernels is padded to the next one that does.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
+        if weight.is_cuda and weight.dtype != torch.bfloat16:
+            raise UserError("--quantize int4: on a GPU with --precision bf16-true only")
         multiple = 128 if weight.is_cuda else 32
         self.padding = -self.in_features % multiple, -self.out_features % 16
         if any(self.padding):  # by copies of the last row and column, which widen no group's range
@@ -102,10 +113,9 @@ class Int4Linear(QuantizedLinear):
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / 15).clamp(min=1e-6)
         codes = ((groups - low) / scale).round().clamp(0, 15).flatten(1).to(torch.int32)
-        # The kernels compute (code - 8) * scale + zero; that of CUDA in bf16 only.
-        self.kernel_dtype = torch.bfloat16 if weight.is_cuda else self.dtype
+        # The kernels compute (code - 8) * scale + zero.
         scales = torch.cat((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("scales", scales.to(self.kernel_dtype))  # (groups, out, 2)
+        self.register_buffer("scales", scales.to(self.dtype))  # (groups, out, 2)
         if weight.is_cuda:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
             self.register_buffer("int4", torch._convert_weight_to_int4pack(pairs, 8))
@@ -113,13 +123,10 @@ class Int4Linear(QuantizedLinear):
             self.register_buffer("int4", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
 
     def dequantize(self) -> Tensor:
-        like = dict(dtype=self.kernel_dtype, device=self.int4.device)
-        identity = torch.eye(self.in_features, **like)
-        return self.run_kernel(identity).T.to(self.dtype).contiguous()
+        identity = torch.eye(self.in_features, dtype=self.dtype, device=self.int4.device)
+        return self.run_kernel(identity).T.contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
-        if self.kernel_dtype != self.dtype:
-            return F.linear(x, self.dequantize())
         y = self.run_kernel(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -146,13 +153,31 @@ class NF4Linear(QuantizedLinear):
         codes = torch.bucketize(blocks / absmax.clamp(min=1e-12), midpoints).to(torch.uint8)
         self.register_buffer("nf4", codes[:, ::2] << 4 | codes[:, 1::2])  # (blocks, 32)
         self.register_buffer("absmax", absmax.to(self.dtype))  # (blocks, 1)
-        # The two values that each possible byte stands for: one look-up unpacks both.
-        self.register_buffer("pairs", torch.cartesian_prod(values, values).to(self.dtype))
+        # The two values that each possible byte stands for, as one number: a look-up unpacks both.
+        pairs = torch.cartesian_prod(values, values).to(self.dtype)  # (256, 2)
+        whole = torch.int32 if pairs.element_size() == 2 else torch.int64
+        self.register_buffer("pairs", pairs.view(whole)[:, 0])
 
     def dequantize(self) -> Tensor:
-        values = F.embedding(self.nf4.int(), self.pairs).flatten(1)  # (blocks, 64)
-        weight = (values * self.absmax).view(self.out_features, -1)
-        return weight[:, : self.in_features]
+        weight = self.dequantize_by_bitsandbytes() if BITSANDBYTES and self.nf4.is_cuda else None
+        if weight is None:
+            weight = kernels.dequantize_nf4(self.nf4, self.absmax, self.pairs)
+        return weight.view(self.out_features, -1)[:, : self.in_features]
+
+    def dequantize_by_bitsandbytes(self) -> Tensor | None:
+        """Return (blocks, 64) from the same layout; None if the package does not work here."""
+        global BITSANDBYTES
+        shape = torch.Size((len(self.nf4), NF4_BLOCK))
+        kind = dict(blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
+        try:
+            from bitsandbytes.functional import QuantState, dequantize_4bit
+
+            state = QuantState(self.absmax.float()[:, 0], shape, **kind)
+            return dequantize_4bit(self.nf4.view(-1, 1), state)
+        except (ImportError, AttributeError, RuntimeError) as error:  # built for another CUDA, say
+            kernels.warn_unless_out_of_memory("bitsandbytes", error)
+            BITSANDBYTES = False
+            return None
 
 
 class FP8Linear(QuantizedLinear):
@@ -164,34 +189,36 @@ class FP8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        fp8, scale = to_fp8(weight)
+        fp8, scale = kernels.to_fp8(weight)
         self.register_buffer("fp8", fp8)  # (out, in)
         self.register_buffer("fp8_transposed", fp8.t().contiguous())
         self.register_buffer("scale", scale)  # (out, 1), fp32
+        self.register_buffer("one", torch.ones(1, self.in_features, device=weight.device))
+
+    # The last input and what it was quantized to, for the other projections of the same input.
+    last: tuple[Callable[[], Tensor | None], int, tuple[Tensor, Tensor]] = (lambda: None, 0, ())
 
     def dequantize(self) -> Tensor:
         return (self.fp8.float() * self.scale).to(self.dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        fp8, scale = to_fp8(x.flatten(0, -2))
-        y = torch._scaled_mm(fp8, self.fp8.t(), scale, self.scale.t(), out_dtype=x.dtype)
+        last, version, quantized = FP8Linear.last
+        if last() is not x or version != x._version:
+            quantized = kernels.to_fp8(x.flatten(0, -2))
+            FP8Linear.last = weakref.ref(x), x._version, quantized
+        fp8, scale = quantized
+        # Sums of fp8 products need no more than the faster of the two ways to accumulate them.
+        options = dict(out_dtype=x.dtype, use_fast_accum=x.is_cuda)
+        y = torch._scaled_mm(fp8, self.fp8.t(), scale, self.scale.t(), **options)
         # A LoRA adds to y in place, which autograd forbids for a view that a function returns.
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
     def grad_matmul(self, grad: Tensor) -> Tensor:
         # The scales of W belong to the columns of grad, so they are applied before rounding.
-        fp8, scale = to_fp8(grad.flatten(0, -2) * self.scale.t().to(grad.dtype))
-        ones = torch.ones(1, self.in_features, device=grad.device)
+        fp8, scale = kernels.to_fp8(grad.flatten(0, -2), self.scale[:, 0])
         weight = self.fp8_transposed.t()
-        grad_x = torch._scaled_mm(fp8, weight, scale, ones, out_dtype=grad.dtype)
+        grad_x = torch._scaled_mm(fp8, weight, scale, self.one, out_dtype=grad.dtype)
         return grad_x.unflatten(0, grad.shape[:-1])
-
-
-def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize (rows, columns) to e4m3. Returns also the scales, (rows, 1) in fp32."""
-    scale = x.abs().amax(dim=1, keepdim=True).float() / torch.finfo(FP8).max
-    scale = scale.clamp(min=1e-12)
-    return (x / scale).to(FP8), scale
 
 
 FOR_DECODING: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
