@@ -93,11 +93,14 @@ def load_device(args: AnswerArgs) -> "torch.device":
     """Return where to load the weights: weights to be quantized go to the GPU only afterwards."""
     import torch
 
+    from lit_llama.fast import kernels
     from lit_llama.runtime.devices import default_device
 
     device = default_device()
     if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile: needs a C++ compiler on the CPU, and g++ is not installed")
+    if args.compile and device.type == "cuda" and kernels.c_compiler() is None:
+        raise UserError("--compile: needs a C compiler on a GPU, and gcc is not installed")
     return torch.device("cpu") if args.quantize else device
 
 

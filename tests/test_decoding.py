@@ -26,6 +26,7 @@ from lit_llama.generation import (
     probabilities,
     stream,
 )
+from lit_llama.runtime.memory import Counter
 
 CPU = torch.device("cpu")
 
@@ -63,7 +64,6 @@ def test_fused_projections_and_static_steps_give_the_plain_logits(
     assert type(fused.layers[0].self_attn) is FusedAttention
     if static:  # as on a GPU, but not recorded
         fused.__class__ = StaticLLaMA
-        fused.compile_step, fused.step = False, None
     expected = plain(PROMPTS[3][None])[0, 4:-1]
     torch.testing.assert_close(logits_of(plain, PROMPTS[3]), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits_of(fused, PROMPTS[3]), expected, atol=1e-5, rtol=0)  # fp32
@@ -80,7 +80,6 @@ def test_a_static_cache_goes_on_with_the_next_turn(folder: Path, new_tokens: int
         model = load_model(folder, dtype=torch.float32)
         if static:  # as on a GPU, but not recorded
             model.__class__ = StaticLLaMA
-            model.compile_step, model.step = False, None
         cache = model.make_kv_cache(1, 60)
         sampling = Sampling(10, temperature=0)
         first = [int(token) for token in decode(model, PROMPTS[:1], sampling, cache)]
@@ -91,6 +90,70 @@ def test_a_static_cache_goes_on_with_the_next_turn(folder: Path, new_tokens: int
         answers.append((first, second))
         assert second == generate(model, prompt, 10, temperature=0)[len(ids) :].tolist()
     assert answers[0] == answers[1]
+
+
+def static_model(folder: Path) -> StaticLLaMA:
+    """As on a GPU, but not recorded."""
+    model = load_model(folder, dtype=torch.float32)
+    model.__class__ = StaticLLaMA
+    return model
+
+
+def test_a_static_cache_is_kept_for_answers_of_about_that_length(folder: Path) -> None:
+    plain, static = load_model(folder, dtype=torch.float32), static_model(folder)
+    steps = []
+    for prompt, new in ((PROMPTS[3], 20), (PROMPTS[0], 22), (PROMPTS[0], 8), (PROMPTS[3], 20)):
+        answers = [generate(model, prompt, new, temperature=0) for model in (plain, static)]
+        assert torch.equal(*answers)
+        steps.append(static.step)
+    assert steps[0].kv_cache.size == (1, 64)  # 50 and 34 tokens, rounded up
+    assert steps[0] is steps[1]
+    assert steps[2].kv_cache.size == (1, 32)
+    assert steps[2] is not steps[1]
+
+
+def test_answers_that_are_decoded_in_turns_do_not_share_a_cache(folder: Path) -> None:
+    plain, static = load_model(folder, dtype=torch.float32), static_model(folder)
+    sampling = Sampling(12, temperature=0)
+    decoded = [decode(static, [prompt], sampling) for prompt in (PROMPTS[0], PROMPTS[2])]
+    turns = [[int(token) for token in pair] for pair in zip(*decoded, strict=True)]
+    for prompt, tokens in zip((PROMPTS[0], PROMPTS[2]), zip(*turns, strict=True), strict=True):
+        expected = generate(plain, prompt, 12, temperature=0)[len(prompt) :]
+        assert list(tokens) == expected.tolist()
+
+
+def test_compiled_decoding_of_any_number_of_lengths(folder: Path, monkeypatch) -> None:
+    """More sizes than torch.compile compiles of one function."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kw: compile(*args, backend="eager", **kw))
+    plain, compiled = (
+        load_model(folder, dtype=torch.float32),
+        load_model(folder, dtype=torch.float32),
+    )
+    optimize_for_inference(compiled, CPU, compile=True)
+    sizes = set()
+    for rows in (1, 2, 3):
+        for new in (4, 20, 50, 100):
+            prompts = [PROMPTS[0]] * rows
+            answers = [generate(model, prompts, new, temperature=0) for model in (plain, compiled)]
+            assert all(map(torch.equal, *answers))
+            sizes.add(compiled.step.kv_cache.size)
+    assert len(sizes) == 12 > torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_few_weights_exist_twice_while_they_are_optimized(
+    tmp_path: Path, quantize: str | None
+) -> None:
+    make_hf_model(num_hidden_layers=12, hidden_size=128).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.layers[0].parameters())
+    with Counter() as counter:
+        optimize_for_inference(model, CPU, quantize)
+    # what is made here: fused or quantized weights; of a layer, also what its quantization needs
+    assert counter.peak < weights + 3 * layer + 4 * model.embed_tokens.weight.nbytes
+    assert counter.live <= weights
 
 
 @torch.inference_mode()

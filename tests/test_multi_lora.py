@@ -261,7 +261,6 @@ def test_a_static_cache_gives_the_same_answers(eight: tuple[Path, list[Path]]) -
         enable_multi_lora(model, folders[:2])
         if static:
             model.__class__ = StaticLLaMA
-            model.compile_step, model.step = False, None
         set_adapters(model, [str(folder) for folder in folders[:2]])
         answers.append(generate(model, PROMPTS[:2], 8, temperature=0))
     for plain, static in zip(*answers, strict=True):

@@ -306,7 +306,6 @@ def test_answers_of_rows_with_other_vocabularies(bases: dict[bool, Path], tmp_pa
         enable_multi_lora(model, [tmp_path / str(number) for number in range(3)])
         if static:
             model.__class__ = StaticLLaMA
-            model.compile_step, model.step = False, None
         set_adapters(model, [*(str(tmp_path / str(number)) for number in range(3)), None])
         for tokens, expected in zip(
             generate(model, prompts, 12, temperature=0), alone, strict=True

@@ -1,14 +1,19 @@
 """Inference optimizations: fused projections, prepacked weights, CUDA graphs, torch.compile."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from copy import copy
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
 
+from lit_llama.errors import UserError
+from lit_llama.fast import kernels
 from lit_llama.fast.quantization import FOR_DECODING, Int8Linear, quantization
 from lit_llama.kv_cache import KVCache
-from lit_llama.model import MLP, Attention, LLaMA, Rope, apply_rope
+from lit_llama.model import MLP, Attention, LLaMA, PackedSequences, Rope, apply_rope
+from lit_llama.multi_lora import multi_lora_layers
 from lit_llama.wrapping import base_name
 
 
@@ -24,14 +29,22 @@ def optimize_for_inference(
 
     Call it after methods are applied or merged. The model can only be used for inference then.
     `fast_paths` fuses projections, prepacks bf16 weights (CPU) and records a step as a graph
-    (CUDA). `quantize` is "int8" or "int4"; with int4, the head is int8.
+    (CUDA). `quantize` is "int8" or "int4"; with int4, the head is int8, or stays as it is on a GPU
+    without compiled kernels. Raises UserError for bf16 on a GPU that has none.
     """
+    is_bf16 = model.embed_tokens.weight.dtype == torch.bfloat16
+    if device.type == "cuda" and is_bf16 and not torch.cuda.is_bf16_supported(False):
+        problem = f"{torch.cuda.get_device_name(device)} has no bf16, Ampere was first"
+        raise UserError(f"--precision bf16-true: {problem}. Pass --precision 32-true")
     form = head_form = None  # of the linear layers, if they are replaced
     if quantize is not None:
-        form, head_form = quantization(quantize, FOR_DECODING), Int8Linear
+        form = quantization(quantize, FOR_DECODING)
+        reads_int8 = device.type == "cpu" or kernels.runs_compiled(device)
+        if form is Int8Linear or reads_int8:
+            head_form = Int8Linear
     elif fast_paths and not compile and device.type == "cpu" and _supports_packing(model):
         form = head_form = PackedLinear
-    if form is not None and model.lm_head is None:  # a tied head gets a form of its own
+    if head_form is not None and model.lm_head is None:  # a tied head gets a form of its own
         model.lm_head = _linear(model.embed_tokens.weight, None)
     # Layer by layer, so that few weights exist twice.
     for part in (*model.layers, model):
@@ -39,14 +52,15 @@ def optimize_for_inference(
             _fuse(part.self_attn, FusedAttention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
             _fuse(part.mlp, FusedMLP, "gate_up_proj", ("gate_proj", "up_proj"))
         for name, linear in list(part.named_modules()) if form else ():
-            if isinstance(linear, nn.Linear) and base_name(name).endswith(("_proj", "lm_head")):
+            make = head_form if base_name(name) == "lm_head" else form
+            is_own = base_name(name).endswith(("_proj", "lm_head"))
+            if isinstance(linear, nn.Linear) and is_own and make is not None:
                 bias = None if linear.bias is None else linear.bias.detach().to(device)
-                make = head_form if base_name(name) == "lm_head" else form
                 part.set_submodule(name, make(linear.weight.detach().to(device), bias))
     model.to(device)
     if compile or (fast_paths and device.type == "cuda"):
         model.__class__ = StaticLLaMA
-        model.compile_step, model.step = compile, None
+        model.compile_step = compile
 
 
 class PackedLinear(nn.Module):
@@ -114,22 +128,32 @@ def _supports_packing(model: LLaMA) -> bool:
 class StaticLLaMA(LLaMA):
     """A LLaMA that decodes with a static cache and records or compiles the step of one token."""
 
+    compile_step = False
+    step: "DecodeStep | None" = None
+
     def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
-        self.step = None  # frees the cache of the previous prompt
-        like = self.embed_tokens.weight
-        return StaticKVCache(self.config, batch_size, max_seq_length, like.device, like.dtype)
+        """Lend the cache of the last prompts, with its recorded step, if its size is the same.
+
+        The length is rounded up to a power of two, so that few sizes are recorded or compiled.
+        """
+        size = batch_size, max(16, 1 << (max_seq_length - 1).bit_length())
+        if self.step is None or self.step.kv_cache.size != size or self.step.in_use:
+            self.step = None  # frees the old cache before the new one is allocated
+            like = self.embed_tokens.weight
+            kv_cache = StaticKVCache(self.config, *size, like.device, like.dtype)
+            self.step = DecodeStep(self, kv_cache, self.compile_step)
+        return self.step.lend()
 
     def forward(
         self, input_ids: Tensor, *args: object, kv_cache: KVCache | None = None, **kwargs: object
     ) -> Tensor:
-        decodes = isinstance(kv_cache, StaticKVCache) and not kv_cache.empty
+        is_lent = self.step is not None and self.step.lent() is kv_cache is not None
         # A prompt that continues a cache has more tokens, or asks for the logits of some only.
-        if not decodes or args or kwargs or input_ids.size(-1) > 1:
-            self.step = None  # the LoRAs in use, say, may be others than in the recorded step
-            return super().forward(input_ids, *args, kv_cache=kv_cache, **kwargs)
-        if self.step is None:
-            self.step = DecodeStep(self, kv_cache, self.compile_step)
-        return self.step(input_ids)
+        if is_lent and not (kv_cache.empty or args or kwargs or input_ids.size(-1) > 1):
+            return self.step(input_ids)
+        if is_lent and multi_lora_layers(self):
+            self.step.graph = None  # it may have been recorded with other LoRAs
+        return super().forward(input_ids, *args, kv_cache=kv_cache, **kwargs)
 
 
 class StaticKVCache(KVCache):
@@ -137,6 +161,18 @@ class StaticKVCache(KVCache):
 
     Attention looks at all of `max_seq_length`, with a mask. Only the device knows the lengths.
     """
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.keys.size(1), self.keys.size(3)
+
+    def allocate(self, new_tokens: int, seqs: PackedSequences | None = None) -> Tensor:
+        positions = super().allocate(new_tokens, seqs)
+        if self.mask is not None:
+            # Attention on a GPU takes a mask that is added. Make it once, not in each layer.
+            hidden = torch.zeros(self.mask.shape, dtype=self.keys.dtype, device=self.mask.device)
+            self.mask = hidden.masked_fill_(~self.mask, -torch.inf)
+        return positions
 
     def visible_length(self, new_tokens: int) -> int:
         return self.keys.size(3)
@@ -148,7 +184,9 @@ class StaticKVCache(KVCache):
             self.lengths += self.new_tokens
 
     def truncate(self, lengths: list[int]) -> None:
+        recorded = self.lengths
         super().truncate(lengths)
+        self.lengths = recorded.copy_(self.lengths)  # at the address that a recorded step reads
         self.uniform = False  # so that tokens are stored by index, and masked
 
 
@@ -156,16 +194,34 @@ class DecodeStep:
     """Logits of one more token per row. On a GPU, the step is recorded once and replayed.
 
     Replaying a CUDA graph costs the host one call instead of a thousand. With `compile`,
-    torch.compile fuses the step first, which takes up to a minute.
+    torch.compile fuses the step first, which takes up to a minute. The step is kept together with
+    its cache, which it lends to one decoding after the other.
     """
 
     def __init__(self, model: LLaMA, kv_cache: StaticKVCache, compile: bool) -> None:
         self.model, self.kv_cache = model, kv_cache
+        # To the step, the cache looks the same whatever it holds: the device knows the lengths.
+        kv_cache.length, kv_cache.uniform = 1, False
+        self.lent: Callable[[], StaticKVCache | None] = lambda: None
         self.token = kv_cache.lengths.clone()[:, None]
         self.run = self.forward
         if compile:
+            torch.compiler.reset()  # forget other sizes: their number is limited
             self.run = torch.compile(self.forward, fullgraph=True, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def in_use(self) -> bool:
+        return self.lent() is not None
+
+    def lend(self) -> StaticKVCache:
+        """Return an empty cache in the memory that the step reads."""
+        kv_cache = copy(self.kv_cache)
+        for tensor in (kv_cache.keys, kv_cache.values, kv_cache.lengths):
+            tensor.zero_()
+        kv_cache.length = 0
+        self.lent = weakref.ref(kv_cache)
+        return kv_cache
 
     def forward(self) -> Tensor:
         return LLaMA.forward(self.model, self.token, kv_cache=self.kv_cache)
@@ -201,6 +257,6 @@ def copy_to_cpu_async(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
     # Launch the next step first, then wait until the copy of this step's tokens is complete.
     event = lambda: torch.cuda.current_stream().record_event()  # noqa: E731
     copies = ((token.to("cpu", non_blocking=True), event()) for token in tokens)
-    for (copy, copied), _ in pairwise(chain(copies, [None])):
+    for (on_cpu, copied), _ in pairwise(chain(copies, [None])):
         copied.synchronize()
-        yield copy
+        yield on_cpu
