@@ -87,9 +87,18 @@ def cpu_name() -> str:
 
 
 def save(
-    name: str, title: str, setting: str, table: str, notes: list[str], figures: object
+    name: str,
+    title: str,
+    setting: str,
+    table: str,
+    notes: list[str],
+    figures: object,
+    kind: str | None = None,
 ) -> None:
-    """Print the table, and write it to benchmarks/results/NAME-cpu.json or -cuda.json."""
+    """Print the table, and write it to benchmarks/results/NAME-cpu.json or -cuda.json.
+
+    `kind` is neither of them if nothing was measured, but counted.
+    """
     on_gpu = default_device().type == "cuda"
     cores = f"{len(os.sched_getaffinity(0))} cores of a shared machine, {cpu_name()}"
     versions = {}
@@ -103,7 +112,7 @@ def save(
         "title": title,
         "command": shlex.join(["python", *words]),
         "setting": setting,
-        "device": torch.cuda.get_device_name() if on_gpu else cores,
+        "device": kind or (torch.cuda.get_device_name() if on_gpu else cores),
         "date": str(datetime.date.today()),
         "versions": versions,
         "table": table,
@@ -112,7 +121,7 @@ def save(
     }
     print("\n".join([table, "", *notes]))
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}-{'cuda' if on_gpu else 'cpu'}.json"
+    file = RESULTS / f"{name}-{kind or ('cuda' if on_gpu else 'cpu')}.json"
     file.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 

@@ -22,7 +22,7 @@ from lightning.fabric import Fabric
 
 from lit_llama import UserError
 from lit_llama.data import TokenizedDataset
-from lit_llama.fast import use_fast_paths
+from lit_llama.fast import optimize_for_training
 from lit_llama.fast.quantization import FOR_TRAINING
 from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.cli import run
@@ -35,6 +35,8 @@ from lit_llama.training import make_optimizer, train_step
 IGNORED = -100
 SEED = 1337
 Step = Callable[[int, list[int]], object]  # takes its number, and the samples
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what `padded` returns
+BatchStep = Callable[[Batch], torch.Tensor]
 
 
 class Job(NamedTuple):
@@ -144,7 +146,7 @@ def ours(method: str) -> Callable[[Job], Step]:
         settings = {"full": FullConfig("bf16-true")}  # bf16 weights, as the peers have
         model = empty_model(job.checkpoint_dir, torch.bfloat16)
         METHODS[method].apply(model, settings.get(method) or METHODS[method].config())
-        use_fast_paths(model)
+        optimize_for_training(model, job.fabric.device)
         model = setup_model(job.fabric, model, job.checkpoint_dir, job.quantize)
         # the peers below do not scale gradients either
         args = TrainArgs(micro_batch_tokens=10**6, max_grad_norm=0)
@@ -160,9 +162,8 @@ def ours(method: str) -> Callable[[Job], Step]:
     return start
 
 
-def padded(job: Job, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(data: TokenizedDataset, ids: list[int], device: torch.device) -> Batch:
     """Return samples as a padded batch: input_ids, attention_mask and labels, (batch, seq)."""
-    data, device = job.train_set, job.fabric.device
     longest = max(data.lengths[index] for index in ids)
     tokens, labels = torch.zeros(2, len(ids), longest, dtype=torch.long)
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -182,22 +183,30 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 def peft_lora(job: Job) -> Step:
     """Train with Hugging Face peft: bf16 weights and fp32 LoRA under autocast, padded batches."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     device = job.fabric.device
     base = AutoModelForCausalLM.from_pretrained(job.checkpoint_dir, dtype=torch.bfloat16).to(device)
+    train = peft_step(base, device)
+    return lambda number, ids: train(padded(job.train_set, ids, device))
+
+
+def peft_step(base: torch.nn.Module, device: torch.device) -> BatchStep:
+    """Return a function that trains a LoRA of peft on a padded batch, and returns its loss."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(base, config).train()
     optimizer = adamw(model)
 
-    def step(number: int, ids: list[int]) -> None:
-        tokens, mask, labels = padded(job, ids)
+    def step(batch: Batch) -> torch.Tensor:
+        tokens, mask, labels = batch
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
 
@@ -209,7 +218,6 @@ def litgpt(method: str) -> Callable[[Job], Step]:
         modules = {"lora": "litgpt.lora", "adapter": "litgpt.adapter", "full": "litgpt.model"}
         module = importlib.import_module(modules[method])
         from litgpt.config import configs
-        from litgpt.utils import chunked_cross_entropy
 
         known = {config["hf_config"]["name"]: config["name"] for config in configs}
         model_name = job.checkpoint_dir.name
@@ -231,24 +239,34 @@ def litgpt(method: str) -> Callable[[Job], Step]:
             module.mark_only_lora_as_trainable(model)
         elif method == "adapter":
             module.mark_only_adapter_as_trainable(model)
-        model.train()
-        optimizer = adamw(model)
-
-        def step(number: int, ids: list[int]) -> None:
-            tokens, _, labels = padded(job, ids)
-            # else the second step's backward pass would enter the first one's graph
-            for block in model.transformer.h if method == "adapter" else ():
-                block.attn.adapter_kv_cache = None
-            logits = model(tokens, lm_head_chunk_size=128)
-            logits[-1] = logits[-1][..., :-1, :]
-            loss = chunked_cross_entropy(logits, labels[..., 1:], ignore_index=IGNORED)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+        train, device = litgpt_step(model), job.fabric.device
+        return lambda number, ids: train(padded(job.train_set, ids, device))
 
     return start
+
+
+def litgpt_step(model: torch.nn.Module) -> BatchStep:
+    """Return a function that trains a model of LitGPT on a padded batch, and returns its loss."""
+    from litgpt.utils import chunked_cross_entropy
+
+    model.train()
+    optimizer = adamw(model)
+
+    def step(batch: Batch) -> torch.Tensor:
+        tokens, _, labels = batch
+        # else the second step's backward pass would enter the first one's graph
+        for block in model.transformer.h:
+            if hasattr(block.attn, "adapter_kv_cache"):
+                block.attn.adapter_kv_cache = None
+        logits = model(tokens, lm_head_chunk_size=128)
+        logits[-1] = logits[-1][..., :-1, :]
+        loss = chunked_cross_entropy(logits, labels[..., 1:], ignore_index=IGNORED)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 # name: the package that it needs, and a function that returns its step

@@ -18,7 +18,7 @@ RUNS = (
     "lora --train.fast_paths false",
     "lora --train.micro_batch_tokens 512",
     "lora --train.micro_batch_tokens 4096",
-    "lora --train.activation_checkpointing true",
+    "lora --train.recompute block",
     "lora --quantize nf4",
     "lora --precision bf16-true",
     "lora --precision 32-true",
@@ -28,7 +28,7 @@ RUNS = (
     "adapter_v2",
     "full",
     "full --precision bf16-true",
-    "full --train.activation_checkpointing true",
+    "full --train.recompute block",
 )
 
 

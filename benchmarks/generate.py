@@ -112,10 +112,13 @@ def ours(quantize: str | None = None, compile: bool = False) -> Callable[[Path],
 def transformers(checkpoint_dir: Path) -> Decode:
     """Decode with Hugging Face's `generate`."""
     from transformers import AutoModelForCausalLM
-    from transformers.generation.streamers import BaseStreamer
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.bfloat16)
-    model = model.to(default_device())
+    return transformers_decode(model.to(default_device()))
+
+
+def transformers_decode(model: torch.nn.Module) -> Decode:
+    from transformers.generation.streamers import BaseStreamer
 
     class Times(list, BaseStreamer):
         def put(self, value: torch.Tensor) -> None:  # the prompt, then each token
@@ -125,7 +128,7 @@ def transformers(checkpoint_dir: Path) -> Decode:
             pass
 
     def decode(prompts: torch.Tensor, new: int) -> list[float]:
-        ids, times = prompts.to(default_device()), Times()
+        ids, times = prompts.to(model.device), Times()
         options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=False)
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **options)
         return times[1:]
@@ -136,17 +139,21 @@ def transformers(checkpoint_dir: Path) -> Decode:
 def litgpt(checkpoint_dir: Path) -> Decode:
     """Decode with LitGPT's `generate_fn` in bf16, with random weights of the same shape."""
     from litgpt.config import configs
-    from litgpt.generate.base import generate_fn
     from litgpt.model import GPT, Config
 
     known = {config["hf_config"]["name"]: config["name"] for config in configs}
     name = checkpoint_dir.name
     if name not in known:
         raise UserError(f"{checkpoint_dir}: litgpt has no configuration called {name}")
-    model = GPT(Config.from_name(known[name])).to(default_device(), torch.bfloat16).eval()
+    model = GPT(Config.from_name(known[name])).to(default_device(), torch.bfloat16)
+    return litgpt_decode(model.eval())
+
+
+def litgpt_decode(model: torch.nn.Module) -> Decode:
+    from litgpt.generate.base import generate_fn
 
     def decode(prompts: torch.Tensor, new: int) -> list[float]:
-        (ids,) = prompts.to(default_device())
+        (ids,) = prompts.to(model.lm_head.weight.device)
         with torch.inference_mode():
             model.max_seq_length = len(ids) + new
             model.set_kv_cache(batch_size=1, device=ids.device, dtype=torch.bfloat16)

@@ -15,6 +15,8 @@ SECTIONS = {
     "load": "Loading",
     "many_loras": "Many LoRAs on one base",
     "rank": "What the rank of a LoRA buys",
+    "count": "A training step on a GPU",
+    "gpu": "Every path on a GPU",
 }
 HEAD = (
     "# Results\n\n"
@@ -22,8 +24,7 @@ HEAD = (
     "fills. Contenders run in\n"
     "processes of their own, in alternation; the tables hold medians. The CPU was shared, "
     "so ratios within a table are\n"
-    "what counts. On a GPU, `make bench-gpu` prints its figures and adds them to "
-    "benchmarks/results/gpu-*.jsonl.\n"
+    "what counts. On a GPU, `make bench-gpu` measures every path in one process.\n"
 )
 
 
@@ -36,9 +37,9 @@ def main(results: Path = RESULTS, out: Path = ROOT / "benchmarks/RESULTS.md") ->
     """
     parts = [HEAD]
     for name, title in SECTIONS.items():
-        for kind, place in (("cpu", "CPU"), ("cuda", "GPU")):
+        for kind, place in (("cpu", "CPU"), ("cuda", "GPU"), ("counted", "counted")):
             files = sorted(results.glob(f"{name}*-{kind}.json"))
-            if not files and kind == "cuda" and name in ("finetune", "generate"):
+            if not files and kind == "cuda" and name in ("finetune", "generate", "gpu"):
                 parts.append(f"## {title}, GPU\n\nnot measured\n")
             for file in files:
                 parts.append(section(json.loads(file.read_text("utf-8")), place))

@@ -56,10 +56,10 @@ def assert_same(fast: Tensor, plain: Tensor, inputs: list[Tensor]) -> None:
 def test_cross_entropy(chunk: int, trains_head: bool) -> None:
     hidden, weight = random(20, 8, seed=1), frozen(50, 8, seed=2).requires_grad_(trains_head)
     labels = torch.randint(50, (20,), generator=torch.Generator().manual_seed(3))
-    fast = CrossEntropyFunction.apply(hidden, weight, labels, chunk)
+    fast = CrossEntropyFunction.apply(hidden, weight, labels, chunk, 3)
     plain = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
     assert_same(fast, plain, [hidden, weight] if trains_head else [hidden])
-    empty = CrossEntropyFunction.apply(hidden[:0], weight, labels[:0], chunk)
+    empty = CrossEntropyFunction.apply(hidden[:0], weight, labels[:0], chunk, 3)
     assert float(empty) == 0.0
     assert not torch.autograd.grad(empty, hidden)[0].any()
 

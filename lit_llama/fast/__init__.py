@@ -24,5 +24,5 @@ def optimize_for_training(
     if fast_paths:
         use_fast_paths(model)
         if on_gpu:
-            model.loss_chunk = 512  # larger matmuls; on the CPU, a chunk should fit into the cache
+            model.loss_chunk, model.loss_rows = 512, 256
     set_recompute(model, recompute or ("activations" if on_gpu else "none"))

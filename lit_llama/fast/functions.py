@@ -16,11 +16,17 @@ class CrossEntropyFunction(torch.autograd.Function):
     """F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum"), in chunks of rows.
 
     Computes the gradient together with the loss, so logits are neither saved nor computed twice.
+    `chunk` rows of logits are in memory at once, `rows` of them in fp32.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden_states: Tensor, weight: Tensor, labels: Tensor, chunk: int
+        ctx: FunctionCtx,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        rows: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         device = hidden_states.device
@@ -29,8 +35,6 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad_weight = None
         if torch.is_autocast_enabled(device.type):
             weight = weight.to(torch.get_autocast_dtype(device.type))
-        # Number of rows per chunk in fp32; on the CPU, a chunk should fit into the cache.
-        rows = 16 if device.type == "cpu" else 256
         chunks = zip(hidden_states.split(chunk), labels[:, None].split(chunk), strict=True)
         for index, (x, y) in enumerate(chunks):
             logits = F.linear(x, weight)
@@ -56,7 +60,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Autograd casts them to the dtypes of the inputs.
         grads = [None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -24,7 +24,8 @@ def use_fast_paths(model: LLaMA) -> None:
 class FastLLaMA(LLaMA):
     """Compute the loss in chunks, so that the full logits are never materialized."""
 
-    loss_chunk = 256  # labels whose logits are in memory at once
+    # Labels whose logits are in memory at once, and those in fp32, which fit into a CPU's cache.
+    loss_chunk, loss_rows = 256, 16
 
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
@@ -40,7 +41,8 @@ class FastLLaMA(LLaMA):
             chunk = max(chunk, weight.size(1))
         if not torch.is_grad_enabled():
             weight = weight.detach()  # the function computes gradients in its forward pass
-        return functions.CrossEntropyFunction.apply(hidden_states, weight, labels, chunk)
+        options = (chunk, self.loss_rows)
+        return functions.CrossEntropyFunction.apply(hidden_states, weight, labels, *options)
 
 
 class FastAttention(Attention):

@@ -26,6 +26,10 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from lit_llama.errors import UsageError, UserError
 
+# Micro-batches differ in size, which leaves gaps in a GPU's memory. Read when torch is imported.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 TYPES = {bool: "true|false", int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 SEE_HELP = "(--help lists all flags)"
 EVERY_SCRIPT = """

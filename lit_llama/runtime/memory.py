@@ -35,13 +35,14 @@ def estimate_memory(
     quantize: str | None = None,
     devices: int = 1,
     device: str = "cuda",
+    counter: "Counter | None" = None,
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients, optimizer and activations on each device.
 
     `model` is on the meta device, with its methods applied, and stays as it is. `lengths` are the
-    tokens of each sample of a micro-batch.
+    tokens of each sample of a micro-batch. `counter` may count more than memory.
     """
-    model = copy.deepcopy(model)
+    model, counter = copy.deepcopy(model), counter or Counter()
     with no_fake_tables(), FakeTensorMode():
         give_fake_memory(model)
         if quantize is not None:
@@ -53,7 +54,8 @@ def estimate_memory(
             sizes = {name: size // devices for name, size in sizes.items()}
             sizes["whole weights meanwhile"] = gathered_bytes(model)
         with as_on_gpu(model) if device == "cuda" else nullcontext():
-            sizes["activations"] = count_step(Counter(), model, lengths, precision).peak
+            count_step(counter, model, lengths, precision)
+            sizes["activations"] = counter.peak
     return sizes
 
 
@@ -172,7 +174,7 @@ def as_on_gpu(model: LLaMA) -> Iterator[None]:
         kernels.stand_in = None
 
 
-def count_step(counter: "Counter", model: LLaMA, lengths: list[int], precision: str) -> "Counter":
+def count_step(counter: "Counter", model: LLaMA, lengths: list[int], precision: str) -> None:
     """Count forward and backward of a micro-batch, in the second of two equal ones.
 
     `peak` is beside weights and gradients; the first micro-batch also makes what all of them share.
@@ -194,7 +196,6 @@ def count_step(counter: "Counter", model: LLaMA, lengths: list[int], precision: 
                     loss = model(**batch)
                 loss.backward()
             del loss
-    return counter
 
 
 class Counter(TorchDispatchMode):
@@ -232,13 +233,15 @@ class Counter(TorchDispatchMode):
 
     def count(self, function: Any, args: Any, result: Any) -> list[Tensor]:
         """Note the new storages of an operation. Returns the tensors that have them."""
-        inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-        known = {id(t.untyped_storage()) for t in inputs}
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        new = [t for t in outputs if id(t.untyped_storage()) not in known]
+        known = {id(tensor.untyped_storage()) for tensor in self.tensors(args)}
+        new = [t for t in self.tensors(result) if id(t.untyped_storage()) not in known]
         for tensor in new:
             self.note(tensor.untyped_storage())
         return new
+
+    @staticmethod
+    def tensors(values: Any) -> list[Tensor]:
+        return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
     def note(self, storage: torch.UntypedStorage) -> None:
         if storage not in self.known:
