@@ -195,6 +195,7 @@ def peft_step(base: torch.nn.Module, device: torch.device) -> BatchStep:
     """Return a function that trains a LoRA of peft on a padded batch, and returns its loss."""
     from peft import LoraConfig, get_peft_model
 
+    base.config.use_cache = False  # as transformers' trainer sets it
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(base, config).train()
     optimizer = adamw(model)

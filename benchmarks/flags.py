@@ -18,6 +18,7 @@ RUNS = (
     "lora --train.fast_paths false",
     "lora --train.micro_batch_tokens 512",
     "lora --train.micro_batch_tokens 4096",
+    "lora --train.recompute activations",
     "lora --train.recompute block",
     "lora --quantize nf4",
     "lora --precision bf16-true",

@@ -43,7 +43,8 @@ def hf_model(bench: Bench) -> torch.nn.Module:
         config = AutoConfig.from_pretrained(folder)
     with torch.device(bench.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(hf_weights(bench), assign=True)
+    model.load_state_dict(hf_weights(bench), strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
     return model.requires_grad_(False)
 
 
@@ -96,8 +97,10 @@ def litgpt_model(bench: Bench, **lora: object) -> torch.nn.Module:
     return model
 
 
-def our_training(bench: Bench) -> Train:
-    step = make_step(bench, bench.config, "LORA", LoRAConfig(dropout=DROPOUT), recompute="none")
+def our_training(bench: Bench, recompute: str) -> Train:
+    settings = LoRAConfig(dropout=DROPOUT)
+    # The peers do not clip gradients either.
+    step = make_step(bench, bench.config, "LORA", settings, max_grad_norm=0, recompute=recompute)
     return lambda number: step(number)[0]
 
 
@@ -124,6 +127,7 @@ def litgpt_training(bench: Bench) -> Train:
 
 
 def our_decoding(bench: Bench) -> Decode:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as the scripts do
     model = random_model(bench.config, bench.device).eval()
     optimize_for_inference(model, bench.device)
 
@@ -134,8 +138,12 @@ def our_decoding(bench: Bench) -> Decode:
     return decode
 
 
-def in_turn(bench: Bench, contenders: dict[str, tuple[str, Callable]]) -> Figures:
-    """Yield the contenders whose package is installed, twice, each with its memory freed."""
+def in_turn(
+    bench: Bench,
+    contenders: dict[str, tuple[str, Callable]],
+    measure: Callable[[Callable], dict[str, float]],
+) -> Figures:
+    """Measure the contenders whose package is installed, twice, each with its memory freed."""
     installed = {"lit_llama", *(d.metadata["Name"] for d in importlib.metadata.distributions())}
     for number in range(2):
         for name, (package, make) in contenders.items():
@@ -144,18 +152,23 @@ def in_turn(bench: Bench, contenders: dict[str, tuple[str, Callable]]) -> Figure
             gc.collect()
             if bench.on_gpu:
                 torch.cuda.empty_cache()
-            contender = make(bench)
-            if bench.on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            yield dict(round=number + 1, contender=name, measured=contender)
-            del contender  # before the next one is made
+            torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default; ours turns it off
+            figures = dict(round=number + 1, contender=name)
+            try:
+                contender = make(bench)
+                if bench.on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                yield figures | measure(contender)
+            except Exception as error:  # the others go on
+                yield figures | dict(error=f"{type(error).__name__}: {error}"[:300])
+            contender = None  # before the next one is made
 
 
 def training_beside_peers(bench: Bench) -> Figures:
     """Time steps of a LoRA on query and value; tokens of padding do not count."""
     data = random_samples(bench, bench.config)
-    for figures in in_turn(bench, TRAINING):
-        step = figures.pop("measured")
+
+    def measure(step: Train) -> dict[str, float]:
         first_loss = step(0)
         for number in range(1, WARMUP_STEPS):
             step(number)
@@ -163,12 +176,10 @@ def training_beside_peers(bench: Bench) -> Figures:
         seconds = [bench.seconds(partial(step, number)) for number in numbers]
         ids = [index for number in numbers for index in samples_of(bench, number)]
         tokens = sum(data.lengths[index] - 1 for index in ids)
-        yield figures | dict(
-            tokens_per_s=tokens / sum(seconds),
-            peak_gb=peak_memory_bytes(bench.device) / 1e9,
-            first_loss=first_loss,
-        )
-        del step
+        peak = peak_memory_bytes(bench.device) / 1e9
+        return dict(tokens_per_s=tokens / sum(seconds), peak_gb=peak, first_loss=first_loss)
+
+    yield from in_turn(bench, TRAINING, measure)
 
 
 def decoding_beside_peers(bench: Bench, prompt_tokens: int = 100) -> Figures:
@@ -176,20 +187,20 @@ def decoding_beside_peers(bench: Bench, prompt_tokens: int = 100) -> Figures:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, bench.config.vocab_size, (1, prompt_tokens), generator=generator)
     new = 100 if bench.on_gpu else 8
-    for figures in in_turn(bench, DECODING):
-        decode = figures.pop("measured")
+
+    def measure(decode: Decode) -> dict[str, float]:
         decode(prompts, new)  # to warm up
         times = decode(prompts, new)
-        yield figures | dict(
-            tokens_per_s=(len(times) - 1) / (times[-1] - times[0]),
-            peak_gb=peak_memory_bytes(bench.device) / 1e9,
-        )
-        del decode
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        return dict(tokens_per_s=rate, peak_gb=peak_memory_bytes(bench.device) / 1e9)
+
+    yield from in_turn(bench, DECODING, measure)
 
 
 # Name: the package that it needs, and a function that makes it.
 TRAINING: dict[str, tuple[str, Callable[[Bench], Train]]] = {
-    "lit-llama": ("lit_llama", our_training),
+    "lit-llama": ("lit_llama", partial(our_training, recompute="activations")),
+    "lit-llama --train.recompute none": ("lit_llama", partial(our_training, recompute="none")),
     "peft": ("peft", peft_training),
     "litgpt": ("litgpt", litgpt_training),
 }

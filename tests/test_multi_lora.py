@@ -265,3 +265,22 @@ def test_a_static_cache_gives_the_same_answers(eight: tuple[Path, list[Path]]) -
         answers.append(generate(model, PROMPTS[:2], 8, temperature=0))
     for plain, static in zip(*answers, strict=True):
         assert torch.equal(plain, static)
+
+
+def test_a_recorded_step_is_kept_until_other_loras_are_used(
+    eight: tuple[Path, list[Path]],
+) -> None:
+    base, folders = eight
+    model = load_model(base, dtype=torch.float32)
+    enable_multi_lora(model, folders[:2])
+    model.__class__ = StaticLLaMA
+    names = [str(folder) for folder in folders[:2]]
+    for chosen in ([None], names[:1], names[1:]):
+        set_adapters(model, chosen)
+        generate(model, PROMPTS[0], 4)
+        model.step.graph = graph = object()  # as on a GPU
+        generate(model, PROMPTS[0], 4)
+        assert model.step.graph is graph
+    set_adapters(model, names[:1])
+    generate(model, PROMPTS[0], 4)
+    assert model.step.graph is None

@@ -3,7 +3,8 @@
 import weakref
 from collections.abc import Callable, Iterator
 from copy import copy
-from itertools import chain, pairwise
+from functools import partial
+from itertools import chain, pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lit_llama.fast import kernels
 from lit_llama.fast.quantization import FOR_DECODING, Int8Linear, quantization
 from lit_llama.kv_cache import KVCache
 from lit_llama.model import MLP, Attention, LLaMA, PackedSequences, Rope, apply_rope
-from lit_llama.multi_lora import multi_lora_layers
+from lit_llama.multi_lora import MultiLoRATable, multi_lora_layers
 from lit_llama.wrapping import base_name
 
 
@@ -131,29 +132,39 @@ class StaticLLaMA(LLaMA):
     compile_step = False
     step: "DecodeStep | None" = None
 
+    @torch.inference_mode(False)  # so that it can also be written to outside of that mode
+    @torch.no_grad()
     def make_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
         """Lend the cache of the last prompts, with its recorded step, if its size is the same.
 
         The length is rounded up to a power of two, so that few sizes are recorded or compiled.
         """
         size = batch_size, max(16, 1 << (max_seq_length - 1).bit_length())
-        if self.step is None or self.step.kv_cache.size != size or self.step.in_use:
+        make = partial(StaticKVCache, self.config, *size, self.embed_tokens.weight.device)
+        dtype = self.embed_tokens.weight.dtype
+        if self.step is not None and self.step.lent() is not None:
+            return make(dtype)  # for a second answer meanwhile, which is not recorded
+        if self.step is None or self.step.kv_cache.size != size:
             self.step = None  # frees the old cache before the new one is allocated
-            like = self.embed_tokens.weight
-            kv_cache = StaticKVCache(self.config, *size, like.device, like.dtype)
-            self.step = DecodeStep(self, kv_cache, self.compile_step)
+            self.step = DecodeStep(self, make(dtype), self.compile_step)
         return self.step.lend()
 
     def forward(
         self, input_ids: Tensor, *args: object, kv_cache: KVCache | None = None, **kwargs: object
     ) -> Tensor:
         is_lent = self.step is not None and self.step.lent() is kv_cache is not None
+        is_static = isinstance(kv_cache, StaticKVCache)
+        was_empty = is_static and kv_cache.empty
         # A prompt that continues a cache has more tokens, or asks for the logits of some only.
-        if is_lent and not (kv_cache.empty or args or kwargs or input_ids.size(-1) > 1):
-            return self.step(input_ids)
-        if is_lent and multi_lora_layers(self):
-            self.step.graph = None  # it may have been recorded with other LoRAs
-        return super().forward(input_ids, *args, kv_cache=kv_cache, **kwargs)
+        if is_lent and not (was_empty or args or kwargs or input_ids.size(-1) > 1):
+            logits = self.step(input_ids)
+        else:
+            if is_lent:
+                self.step.check_loras()
+            logits = super().forward(input_ids, *args, kv_cache=kv_cache, **kwargs)
+        if is_static and not was_empty:
+            kv_cache.length += input_ids.size(-1)
+        return logits
 
 
 class StaticKVCache(KVCache):
@@ -204,15 +215,12 @@ class DecodeStep:
         kv_cache.length, kv_cache.uniform = 1, False
         self.lent: Callable[[], StaticKVCache | None] = lambda: None
         self.token = kv_cache.lengths.clone()[:, None]
-        self.run = self.forward
+        self.compute = LLaMA.forward
         if compile:
             torch.compiler.reset()  # forget other sizes: their number is limited
-            self.run = torch.compile(self.forward, fullgraph=True, dynamic=False)
+            self.compute = torch.compile(LLaMA.forward, fullgraph=True, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def in_use(self) -> bool:
-        return self.lent() is not None
+        self.loras: list[object] = []  # those in use
 
     def lend(self) -> StaticKVCache:
         """Return an empty cache in the memory that the step reads."""
@@ -223,8 +231,15 @@ class DecodeStep:
         self.lent = weakref.ref(kv_cache)
         return kv_cache
 
-    def forward(self) -> Tensor:
-        return LLaMA.forward(self.model, self.token, kv_cache=self.kv_cache)
+    def check_loras(self) -> None:
+        """Drop the recorded graph if other LoRAs are in use than when it was recorded."""
+        layers = multi_lora_layers(self.model).values()
+        loras = [x.used if isinstance(x, MultiLoRATable) else x.scaling for x in layers]
+        if any(new is not old for new, old in zip_longest(loras, self.loras)):
+            self.loras, self.graph = loras, None
+
+    def run(self) -> Tensor:
+        return self.compute(self.model, self.token, kv_cache=self.kv_cache)
 
     def __call__(self, token: Tensor) -> Tensor:
         """Map (batch, 1) to logits (batch, 1, vocab_size), valid until the next call."""

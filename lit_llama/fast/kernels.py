@@ -36,33 +36,44 @@ def runs_compiled(device: torch.device) -> bool:
     return COMPILE and device.type == "cuda"
 
 
-def warn_unless_out_of_memory(library: str, error: Exception) -> None:
-    """Print a line that a library's kernels cannot be used; raise an error that is no reason."""
+def warn_unless_out_of_memory(what: str, error: Exception) -> None:
+    """Print a line that a library's kernel cannot be used; raise an error that is no reason."""
+    error = getattr(error, "inner_exception", error)  # which torch.compile wraps
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    print(f"{library} does not work here, slower kernels are used: {reason}", file=sys.stderr)
+    print(f"{what} does not work here, a slower kernel is used: {reason}", file=sys.stderr)
 
 
 def kernel(function: Callable) -> Callable:
     """Decorate a function of tensors, the first of which says on which device it runs."""
-    compiled = functools.cache(lambda: torch.compile(function))  # importing the compiler is slow
+    works = True
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        global COMPILE
+        nonlocal works
         if stand_in is not None:
             return stand_in(function, args)
-        if not runs_compiled(args[0].device) or torch.compiler.is_compiling():
+        if not (works and runs_compiled(args[0].device)) or torch.compiler.is_compiling():
             return function(*args)
         try:
-            return compiled()(*args)
+            # What requires gradients is none of its business, and would be compiled anew.
+            return compiled(function)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
         except RuntimeError as error:
-            warn_unless_out_of_memory("torch.compile", error)
-            COMPILE = False
+            warn_unless_out_of_memory(f"torch.compile of {function.__name__}", error)
+            works = False
             return function(*args)
 
     return call
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """Compile a function: for each combination of dtypes, and then for any number of tokens."""
+    import torch._dynamo  # slow to import
+
+    torch._dynamo.config.recompile_limit = 64  # beyond it, functions run as they are written
+    return torch.compile(function)
 
 
 @kernel
@@ -77,7 +88,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @kernel
 def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate by the negative angles."""
-    return rope(grad, cos, -sin)
+    return rope.__wrapped__(grad, cos, -sin)
 
 
 @kernel

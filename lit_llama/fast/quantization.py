@@ -175,7 +175,7 @@ class NF4Linear(QuantizedLinear):
             state = QuantState(self.absmax.float()[:, 0], shape, **kind)
             return dequantize_4bit(self.nf4.view(-1, 1), state)
         except (ImportError, AttributeError, RuntimeError) as error:  # built for another CUDA, say
-            kernels.warn_unless_out_of_memory("bitsandbytes", error)
+            kernels.warn_unless_out_of_memory("NF4 of bitsandbytes", error)
             BITSANDBYTES = False
             return None
 

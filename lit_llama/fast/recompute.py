@@ -33,6 +33,11 @@ class ActivationsBlock(Block):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, context)
+        # Weights that train are copied to bf16 by autocast, and the copies would be saved. And a
+        # method may wrap attention by a module that has one step only.
+        trains = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+        if trains or not hasattr(self.self_attn, "attend"):
+            return recompute(super().forward, x, context)
         query, key, value = self.project(x, context.rope)
         return recompute(self.attend, x, query, key, value, context)
 

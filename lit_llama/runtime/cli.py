@@ -26,7 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from lit_llama.errors import UsageError, UserError
 
-# Micro-batches differ in size, which leaves gaps in a GPU's memory. Read when torch is imported.
+# Micro-batches differ in size, which leaves gaps in a GPU's memory. Read at its first use.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

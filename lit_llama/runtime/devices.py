@@ -53,14 +53,12 @@ def default_device() -> torch.device:
     return torch.device("cuda")
 
 
-def check_gpu(precision: str, world_size: int) -> None:
-    """Raise UsageError if the GPU has no bf16; print a line if other GPUs are left idle."""
-    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+def check_gpu(precision: str) -> None:
+    """Raise UsageError if the GPU has no bf16."""
+    name = torch.cuda.get_device_name()
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(False):
         hint = "Pass --precision 32-true, and --quantize nf4 if memory is short; there is no fp16"
         raise UsageError(f"--precision {precision}: {name} has no bf16, Ampere was first. {hint}")
-    if world_size == 1 and count > 1:
-        print(f"1 of {count} GPUs is used. For all of them: --devices {count}", file=sys.stderr)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -98,7 +96,7 @@ def setup_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
         # more devices than there are, or other numbers than those of torchrun or SLURM
         raise UsageError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     if default_device().type == fabric.device.type == "cuda":
-        check_gpu(precision, world_size)
+        check_gpu(precision)
     if starts_processes and fabric.local_rank > 0:
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     return fabric
@@ -107,8 +105,11 @@ def setup_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
 def check_memory(
     fabric: Fabric, model: LLaMA, dataset: Dataset, args: RunArgs, train: TrainArgs
 ) -> None:
-    """Print a line if the GPU has too little free memory, or enough to be faster."""
+    """Print a line if a GPU is idle, has too little free memory, or enough to be faster."""
     if fabric.device.type == "cuda" and fabric.is_global_zero:
+        count = torch.cuda.device_count()
+        if fabric.world_size == 1 and count > 1 and not args.quantize:
+            print(f"1 of {count} GPUs is used. For all of them: --devices {count}", file=sys.stderr)
         from lit_llama.runtime.memory import memory_advice  # slow to import, and for GPUs only
 
         free, _ = torch.cuda.mem_get_info(fabric.device)

@@ -96,7 +96,8 @@ def memory_advice(
             names = dict(recompute="train.recompute", micro_batch_tokens="train.micro_batch_tokens")
             flags = " ".join(f"--{names.get(name, name)} {value}" for name, value in change.items())
             return f"{problem}. With {flags} it takes {size / 1e9:.1f} GB"
-    return f"{problem}. Use more GPUs (--devices), shorter samples or a smaller model"
+    more = "" if args.quantize else "more GPUs (--devices), "
+    return f"{problem}. Use {more}shorter samples or a smaller model"
 
 
 def quick_estimate(
@@ -109,15 +110,19 @@ def quick_estimate(
 ) -> float:
     """Return the total of `estimate_memory`, from two models of few layers."""
     # Memory grows by the same amount with each layer. Take the last ones: methods may skip others.
+    # Not in full finetuning, where few layers may take less than the head.
     count, layers = len(model.layers), model.layers
     totals = []
-    for kept in (2, 4):
+    sizes = (2, 4)
+    if count < 4 or all(parameter.requires_grad for parameter in model.parameters()):
+        sizes = (count,)
+    for kept in sizes:
         part = copy.copy(model)
         part._modules = {**model._modules, "layers": layers[-kept:]}
         part = copy.deepcopy(part)
         set_recompute(part, recompute or "activations")
         totals.append(sum(estimate_memory(part, [tokens], precision, quantize, devices).values()))
-    return totals[0] + (count - 2) * (totals[1] - totals[0]) / 2
+    return totals[0] + (count - sizes[0]) * (totals[-1] - totals[0]) / 2
 
 
 @contextmanager
