@@ -112,7 +112,7 @@ def save(
         "title": title,
         "command": shlex.join(["python", *words]),
         "setting": setting,
-        "device": kind or (torch.cuda.get_device_name() if on_gpu else cores),
+        "device": "No device" if kind else torch.cuda.get_device_name() if on_gpu else cores,
         "date": str(datetime.date.today()),
         "versions": versions,
         "table": table,

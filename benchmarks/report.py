@@ -16,7 +16,7 @@ SECTIONS = {
     "many_loras": "Many LoRAs on one base",
     "rank": "What the rank of a LoRA buys",
     "count": "A training step on a GPU",
-    "gpu": "Every path on a GPU",
+    "gpu": "Every path",
 }
 HEAD = (
     "# Results\n\n"

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import load_script, make_hf_model
 
 from lit_llama import LLaMA, UserError, load_model
@@ -151,15 +152,12 @@ def test_a_step_and_its_cache_are_freed_before_the_next_ones(folder: Path) -> No
         gc.enable()
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_compiled_decoding_of_any_number_of_lengths(folder: Path, monkeypatch) -> None:
     """More sizes than torch.compile compiles of one function."""
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kw: compile(*args, backend="eager", **kw))
-    plain, compiled = (
-        load_model(folder, dtype=torch.float32),
-        load_model(folder, dtype=torch.float32),
-    )
+    plain, compiled = (load_model(folder, dtype=torch.float32) for _ in range(2))
     optimize_for_inference(compiled, CPU, compile=True)
     sizes = set()
     for rows in (1, 2, 3):

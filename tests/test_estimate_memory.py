@@ -117,7 +117,7 @@ def test_a_sample_longer_than_a_micro_batch_is_one_of_its_own(monkeypatch, capsy
     flags += ["--sample_tokens", 700, "--micro_batch_tokens"]
     one, short, two = (estimate(monkeypatch, capsys, *flags, n) for n in (700, 200, 1400))
     assert short == one
-    assert one["activations"] < 0.6 * two["activations"]
+    assert one["activations"] < 0.7 * two["activations"]
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "mistral-7b", "TinyLlama-1.1B"])
