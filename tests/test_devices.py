@@ -1,5 +1,8 @@
 """What a run on a GPU checks at its start: on the CPU, with what torch.cuda would answer."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -146,3 +149,26 @@ def test_inference_in_bf16_needs_a_gpu_that_has_it(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
     with pytest.raises(UserError, match="--precision bf16-true: Tesla T4 has no bf16"):
         optimize_for_inference(model_of("SmolLM2-135M"), GPU)
+
+
+def test_expandable_segments_are_the_default() -> None:
+    """Read by torch at the first use of a GPU; what a user has set stays."""
+    code = "import os, lit_llama.runtime.cli; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    for given, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, "None"),
+    ):
+        environment = {name: value for name, value in os.environ.items() if "PYTORCH" not in name}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment | given, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_what_methods_add_is_on_the_device_before_fabric_looks(monkeypatch) -> None:
+    """Else Fabric warns of parameters on different devices."""
+    model, fabric = model_of("SmolLM2-135M"), Mock(world_size=1, device=torch.device("meta"))
+    monkeypatch.setattr(devices, "load_weights", lambda *args: None)
+    devices.setup_model(fabric, model, Path("model"))
+    assert {parameter.device for parameter in model.parameters()} == {fabric.device}
+    fabric.setup_module.assert_called_once_with(model, move_to_device=False)
