@@ -86,6 +86,23 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """Return the command line, without the folders of this machine."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+    return shlex.join(["python", *words])
+
+
 def save(
     name: str,
     title: str,
@@ -101,20 +118,13 @@ def save(
     """
     on_gpu = default_device().type == "cuda"
     cores = f"{len(os.sched_getaffinity(0))} cores of a shared machine, {cpu_name()}"
-    versions = {}
-    for package in ("torch", "peft", "transformers", "litgpt"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
     result = {
         "title": title,
-        "command": shlex.join(["python", *words]),
+        "command": command(),
         "setting": setting,
         "device": "No device" if kind else torch.cuda.get_device_name() if on_gpu else cores,
         "date": str(datetime.date.today()),
-        "versions": versions,
+        "versions": versions("torch", "peft", "transformers", "litgpt"),
         "table": table,
         "notes": notes,
         "figures": figures,

@@ -10,10 +10,8 @@ prints its error, and the next one starts.
 """
 
 import gc
-import importlib.metadata
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +29,7 @@ from typing import Any, Literal
 # A plain checkout is enough: nothing needs to be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import common
 import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
@@ -110,20 +109,14 @@ class Bench:
         """Write the file that benchmarks/report.py makes a section of RESULTS.md from."""
         start, *lines = self.lines
         cells = [f"| {line['part']} | {as_text(line)} |" for line in lines]
-        versions = {}
-        for package in ("torch", "triton", "transformers", "peft", "litgpt", "bitsandbytes"):
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+        packages = ("torch", "triton", "transformers", "peft", "litgpt", "bitsandbytes")
         result = {
             "title": f"{self.title}, {start['model']} with random weights",
-            "command": shlex.join(["python", *words]),
+            "command": common.command(),
             "setting": f"Commit {start.get('commit')}.",
             "device": start.get("card", "CPU"),
             "date": start["date"],
-            "versions": versions,
+            "versions": common.versions(*packages),
             "table": "\n".join(["| part | figures |", "| --- | --- |", *cells]),
             "notes": [],
             "figures": self.lines,

@@ -72,10 +72,8 @@ def memory_advice(
         values = dict(recompute=train.recompute, quantize=args.quantize)
         values |= dict(micro_batch_tokens=train.micro_batch_tokens) | changed
         tokens = max(longest, values["micro_batch_tokens"])
-        other = copy.copy(model)  # its layers are replaced, not changed
-        other._modules = {**model._modules}
         level, quantize = values["recompute"], values["quantize"]
-        return quick_estimate(other, tokens, args.precision, quantize, devices, level)
+        return quick_estimate(model, tokens, args.precision, quantize, devices, level)
 
     full, room = needed(), 0.95 * free  # a part is lost in kernels and gaps
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
@@ -117,7 +115,7 @@ def quick_estimate(
     if count < 4 or all(parameter.requires_grad for parameter in model.parameters()):
         sizes = (count,)
     for kept in sizes:
-        part = copy.copy(model)
+        part = copy.copy(model)  # without copying the layers that are left out
         part._modules = {**model._modules, "layers": layers[-kept:]}
         part = copy.deepcopy(part)
         set_recompute(part, recompute or "activations")
