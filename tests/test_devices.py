@@ -1,4 +1,4 @@
-"""What a run on a GPU checks at its start: on the CPU, with what torch.cuda would answer."""
+"""Checks at the start of a run on a GPU: run on the CPU, with the answers of a GPU's torch.cuda."""
 
 import os
 import subprocess

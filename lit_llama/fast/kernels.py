@@ -37,7 +37,7 @@ def runs_compiled(device: torch.device) -> bool:
 
 
 def warn_unless_out_of_memory(what: str, error: Exception) -> None:
-    """Print a line that a library's kernel cannot be used; raise an error that is no reason."""
+    """Print a line that a library's kernel cannot be used. Raises running out of memory again."""
     error = getattr(error, "inner_exception", error)  # which torch.compile wraps
     if isinstance(error, torch.OutOfMemoryError):
         raise error
@@ -57,7 +57,7 @@ def kernel(function: Callable) -> Callable:
         if not (works and runs_compiled(args[0].device)) or torch.compiler.is_compiling():
             return function(*args)
         try:
-            # What requires gradients is none of its business, and would be compiled anew.
+            # Detached: each combination of arguments that require gradients is compiled anew.
             return compiled(function)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
         except RuntimeError as error:
             warn_unless_out_of_memory(f"torch.compile of {function.__name__}", error)

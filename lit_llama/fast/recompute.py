@@ -27,8 +27,8 @@ def recompute(function: Any, *args: Any) -> Any:
 class ActivationsBlock(Block):
     """A block that saves its input, query, key and value."""
 
-    # What is computed again are two of the seven matmuls, gate and up, that of o_proj, and
-    # attention. It ends there: the last matmul, of down_proj, has saved nothing but its input.
+    # The backward pass computes attention and three of the seven matmuls again: o_proj, gate and
+    # up. It stops before the last one, down_proj, which saves nothing but its input.
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not torch.is_grad_enabled():

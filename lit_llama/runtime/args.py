@@ -52,7 +52,7 @@ class TrainArgs:
     Args:
         batch_size: Samples per optimizer step, over all devices.
         micro_batch_tokens: Tokens per forward pass; does not change results.
-        recompute: What backward computes again (GPU default: activations).
+        recompute: Recompute in backward (GPU default: activations).
         fast_paths: Use the optimized modules of lit_llama/fast.
         epochs: Passes over the training set.
         max_steps: Stop after this many steps, regardless of epochs.

@@ -57,7 +57,7 @@ def check_gpu(precision: str) -> None:
     """Raise UsageError if the GPU has no bf16."""
     name = torch.cuda.get_device_name()
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(False):
-        hint = "Pass --precision 32-true, and --quantize nf4 if memory is short; there is no fp16"
+        hint = "Pass --precision 32-true, and --quantize nf4 if memory is short (no fp16)"
         raise UsageError(f"--precision {precision}: {name} has no bf16, Ampere was first. {hint}")
 
 
