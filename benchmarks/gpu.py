@@ -182,7 +182,7 @@ def main(
         sys.exit(1)
 
 
-def run_part(part: str, bench: Bench, limit: float, function: "Callable[[Bench], Figures]") -> bool:
+def run_part(part: str, bench: Bench, limit: float, function: Callable[[Bench], Figures]) -> bool:
     """Run a part and report its figures. Returns False if it failed or took too long."""
     if not bench.on_gpu:
         limit = 10 * limit

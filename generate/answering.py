@@ -216,7 +216,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Yield the text that each token adds, and in the end what an incomplete character left.
 
-    An end token, special or not, is no part of the text.
+    An end token, special or not, is not part of the text.
     """
     ids: list[int] = []
     printed = text = ""
