@@ -37,6 +37,7 @@ docs-check: $(VENV)/.installed-test
 bench: $(VENV)/.installed-litgpt
 	$(PYTHON_OF_VENV) benchmarks/finetune.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/generate.py
+	$(PYTHON_OF_VENV) benchmarks/busy.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/prepare.py $(ARGS)
 	$(PYTHON_OF_VENV) benchmarks/load.py
 	$(PYTHON_OF_VENV) benchmarks/many_loras.py

@@ -20,10 +20,14 @@ from pathlib import Path
 import torch
 
 from lit_llama import UserError
-from lit_llama.runtime.devices import default_device
+from lit_llama.runtime.hardware import default_device
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+CPU_INFO = Path("/proc/cpuinfo")  # on Linux
+# what matters for the speed of matmuls in bf16, fp32 and int8, as Linux names it
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Figures = dict[str, list[dict[str, float]]]  # contender -> what it measured in each round
 
 
@@ -60,6 +64,25 @@ def ratios(figures: Figures, key: str, pairs: Iterable[tuple[str, str]]) -> list
     return lines
 
 
+def best_ratios(figures: Figures, pairs: list[tuple[str, str]]) -> list[str]:
+    """Compare the speed of each pair in a line, each contender in its fastest precision."""
+    best, labels = {}, {}
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        endings = {run: run.removeprefix(name).strip(", ") for run in figures}
+        runs = [run for run, ending in endings.items() if ending in ("", *PRECISIONS)]
+        if runs:
+            run = max(runs, key=lambda run: median(figures, run, "tokens_per_second"))
+            labels[name] = f"{name} at its best ({precision_of(run)})" if len(runs) > 1 else run
+            best[labels[name]] = figures[run]
+    pairs = [(labels.get(one, one), labels.get(two, two)) for one, two in pairs]
+    return ratios(best, "tokens_per_second", pairs)
+
+
+def precision_of(name: str) -> str:
+    """Return the precision of a contender by its name: bf16 unless that says fp32."""
+    return "fp32" if "fp32" in name else "bf16"
+
+
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -78,12 +101,22 @@ def chosen(contenders: tuple[str, ...], known: dict[str, str]) -> tuple[str, ...
     return names
 
 
+def cpu_info(key: str) -> str:
+    """Return what Linux tells of the first core, "" if it does not."""
+    lines = CPU_INFO.read_text("utf-8").splitlines() if CPU_INFO.exists() else []
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+    return next(values, "")
+
+
 def cpu_name() -> str:
     """Return the processor's name, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    return cpu_info("model name") or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Return those of the processor's features that matter for speed, as Linux tells them."""
+    flags = cpu_info("flags").split()
+    return [feature for feature in CPU_FEATURES if feature in flags]
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -118,6 +151,8 @@ def save(
     """
     on_gpu = default_device().type == "cuda"
     cores = f"{len(os.sched_getaffinity(0))} cores of a shared machine, {cpu_name()}"
+    if features := cpu_features():
+        cores += f" with {', '.join(features)}"
     result = {
         "title": title,
         "command": command(),
@@ -152,11 +187,11 @@ def best_seconds(work: Callable[[], object], times: int = 10) -> float:
     return best
 
 
-def matmul_flops() -> float:
-    """Measure the FLOP/s of a large bf16 matmul."""
+def matmul_flops(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Measure the FLOP/s of a large matmul."""
     device = default_device()
     size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / best_seconds(lambda: torch.mm(a, b))
 
 

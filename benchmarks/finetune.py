@@ -3,8 +3,9 @@
     make bench
 
 Each contender runs in a process of its own, in alternation, once a round, so that a noisy machine
-affects all of them alike; the table shows medians and ratios. Peers that are not installed are left
-out, with a line that says so.
+affects all of them alike; the table shows medians and ratios. On a CPU each runs in bf16 and in
+fp32, as some have no fast bf16, and the best of one is compared with the best of another. Peers
+that are not installed are left out, with a line that says so.
 """
 
 import importlib
@@ -12,7 +13,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ from lit_llama.fast import optimize_for_training
 from lit_llama.fast.quantization import FOR_TRAINING
 from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, peak_memory_bytes, setup_fabric, setup_model
+from lit_llama.runtime.devices import setup_fabric, setup_model
+from lit_llama.runtime.hardware import default_device, peak_memory_bytes
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.methods import METHODS, FullConfig
 from lit_llama.storage.model_folder import empty_model
@@ -46,6 +49,7 @@ class Job(NamedTuple):
     train_set: TokenizedDataset
     checkpoint_dir: Path
     quantize: str | None
+    dtype: torch.dtype  # of the weights
 
 
 def main(
@@ -60,7 +64,7 @@ def main(
     worker: str = "",
     data_dir: Path | None = None,
 ) -> None:
-    """Measure finetuning in bf16, and that of peft and litgpt.
+    """Measure finetuning in bf16, on a CPU also in fp32, and that of peft and litgpt.
 
     Args:
         checkpoint_dir: Model folder.
@@ -68,7 +72,7 @@ def main(
         rounds: Runs of each contender.
         steps: Optimizer steps in a round; the first three are not counted.
         max_seq_length: Longest sample in tokens.
-        contenders: Names of those to run, as a list; default: all that are installed.
+        contenders: Name of one to run, repeat the flag for more; default: all that are installed.
         batch_size: Samples per micro-batch, which is an optimizer step here.
         result: Name of the file in benchmarks/results.
         worker: Run this contender once; the script calls itself with it.
@@ -77,42 +81,59 @@ def main(
     if worker:
         print(json.dumps(measure(worker, checkpoint_dir, data_dir, steps, batch_size)))
         return
-    known = {name: package for name, (package, _) in CONTENDERS.items()}
-    if default_device().type == "cpu":
-        known.pop("lit-llama LoRA, fp8")  # no CPU computes in it
-    names = common.chosen(contenders, known)
-    with tempfile.TemporaryDirectory() as folder:
-        model = ["--checkpoint_dir", checkpoint_dir, "--data_dir", f"{folder}/data"]
-        samples = ["--source", source, "--val_size", 0, "--max_seq_length", max_seq_length]
-        common.call("scripts/prepare_json.py", *model, *samples)
-        flags = [*model, "--steps", steps, "--batch_size", batch_size]
-        limit = common.matmul_flops()
-
-        def call_worker(name: str) -> str:
-            return common.call("benchmarks/finetune.py", "--worker", name, *flags)
-
+    names = common.chosen(contenders, known_contenders())
+    with worker_calls(checkpoint_dir, source, steps, max_seq_length, batch_size) as call_worker:
         figures = common.alternate(names, rounds, call_worker)
+    # only now: the peak memory of a worker is at least that of the process that starts it
+    precisions = ("bf16", "fp32") if default_device().type == "cpu" else ("bf16",)
+    limits = {kind: common.matmul_flops(common.PRECISIONS[kind]) for kind in precisions}
     parameters = sum(p.numel() for p in empty_model(checkpoint_dir, torch.bfloat16).parameters())
     rows = []
     for name in figures:
         speed = common.median(figures, name, "tokens_per_second")
         memory = common.median(figures, name, "peak_memory_bytes")
         flops = (6 if "full" in name else 4) * parameters  # per token
-        share = flops * speed / limit
+        share = flops * speed / limits[common.precision_of(name)]
         rows.append([name, f"{speed:,.0f}", f"{share:.0%}", f"{memory / 1e9:.2f} GB"])
-    pairs = []
-    for method in ("LoRA", "adapter", "full"):
-        pairs += [(f"lit-llama {method}", f"{peer} {method}") for peer in ("peft", "litgpt")]
-    pairs += [(f"lit-llama LoRA, {kind}", "lit-llama LoRA") for kind in ("nf4", "fp8")]
-    notes = common.ratios(figures, "tokens_per_second", pairs)
-    notes += common.ratios(figures, "peak_memory_bytes", pairs)
-    measured = f"matmul limit: {limit / 1e9:,.0f} GFLOP/s in bf16, measured"
-    notes.append(f"{measured}; 4 FLOPs per parameter and token, full: 6")
     setting = f"{checkpoint_dir.name}, {batch_size} samples a step cut at {max_seq_length} tokens, "
     setting += f"{steps - 3} steps counted in each of {rounds} rounds; padding is not counted."
     header = ["contender", "real tokens/s", "of the matmul limit", "peak memory"]
-    table = common.table(header, rows)
+    table, notes = common.table(header, rows), comparisons(figures)
+    measured = ", ".join(f"{limit / 1e9:,.0f} GFLOP/s in {kind}" for kind, limit in limits.items())
+    notes.append(f"matmul limit: {measured}, measured; 4 FLOPs per parameter and token, full: 6")
     common.save(result, "Finetuning beside peers", setting, table, notes, figures)
+
+
+def known_contenders() -> dict[str, str]:
+    """Return the contenders that this device can run, and the package that each needs."""
+    # no CPU computes in fp8; the GPUs that this project is for have fast bf16
+    other = "fp8" if default_device().type == "cpu" else "fp32"
+    return {name: package for name, (package, _) in CONTENDERS.items() if other not in name}
+
+
+@contextmanager
+def worker_calls(
+    checkpoint_dir: Path, source: Path, steps: int, max_seq_length: int = 256, batch_size: int = 4
+) -> Iterator[Callable[[str], str]]:
+    """Tokenize the data. Yields a function that runs a contender once, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = ["--checkpoint_dir", checkpoint_dir, "--data_dir", f"{folder}/data"]
+        samples = ["--source", source, "--val_size", 0, "--max_seq_length", max_seq_length]
+        common.call("scripts/prepare_json.py", *model, *samples)
+        flags = [*model, "--steps", steps, "--batch_size", batch_size]
+        yield lambda name: common.call("benchmarks/finetune.py", "--worker", name, *flags)
+
+
+def comparisons(figures: common.Figures) -> list[str]:
+    """Compare the speed of the best precisions, and the memory of the same ones."""
+    pairs = []
+    for method in ("LoRA", "adapter", "full"):
+        pairs += [(f"lit-llama {method}", f"{peer} {method}") for peer in ("peft", "litgpt")]
+    quantized = [(f"lit-llama LoRA, {kind}", "lit-llama LoRA, bf16") for kind in FOR_TRAINING]
+    notes = common.best_ratios(figures, pairs)
+    notes += common.ratios(figures, "tokens_per_second", quantized)
+    same = [(f"{a}, {kind}", f"{b}, {kind}") for a, b in pairs for kind in common.PRECISIONS]
+    return notes + common.ratios(figures, "peak_memory_bytes", same + quantized)
 
 
 def measure(
@@ -121,11 +142,14 @@ def measure(
     """Return tokens per second after the first three steps, and the process's peak memory."""
     quantize = next((kind for kind in FOR_TRAINING if kind in name), None)
     train_set = load_dataset(data_dir, checkpoint_dir).train
-    fabric = setup_fabric(devices=1, num_nodes=1, precision="bf16-mixed")
+    precision = common.precision_of(name)
+    flag = "32-true" if precision == "fp32" else "bf16-mixed"
+    fabric = setup_fabric(devices=1, num_nodes=1, precision=flag)
     torch.manual_seed(SEED)
     order = random.Random(0).sample(range(len(train_set)), steps * batch_size)
     batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
-    step = CONTENDERS[name][1](Job(fabric, train_set, checkpoint_dir, quantize))
+    job = Job(fabric, train_set, checkpoint_dir, quantize, common.PRECISIONS[precision])
+    step = CONTENDERS[name][1](job)
     tokens = 0
     for number, ids in enumerate(batches):
         if number == 3:
@@ -143,9 +167,10 @@ def ours(method: str) -> Callable[[Job], Step]:
     """Train with this project, by the step that users run."""
 
     def start(job: Job) -> Step:
-        settings = {"full": FullConfig("bf16-true")}  # bf16 weights, as the peers have
-        model = empty_model(job.checkpoint_dir, torch.bfloat16)
-        METHODS[method].apply(model, settings.get(method) or METHODS[method].config())
+        # in bf16 with bf16 weights, as the peers have
+        full = FullConfig("32-true" if job.dtype == torch.float32 else "bf16-true")
+        model = empty_model(job.checkpoint_dir, job.dtype)
+        METHODS[method].apply(model, full if method == "full" else METHODS[method].config())
         optimize_for_training(model, job.fabric.device)
         model = setup_model(job.fabric, model, job.checkpoint_dir, job.quantize)
         # the peers below do not scale gradients either
@@ -182,16 +207,18 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 
 def peft_lora(job: Job) -> Step:
-    """Train with Hugging Face peft: bf16 weights and fp32 LoRA under autocast, padded batches."""
+    """Train with Hugging Face peft: padded batches, an fp32 LoRA, autocast if weights are bf16."""
     from transformers import AutoModelForCausalLM
 
     device = job.fabric.device
-    base = AutoModelForCausalLM.from_pretrained(job.checkpoint_dir, dtype=torch.bfloat16).to(device)
-    train = peft_step(base, device)
+    base = AutoModelForCausalLM.from_pretrained(job.checkpoint_dir, dtype=job.dtype).to(device)
+    train = peft_step(base, device, job.dtype)
     return lambda number, ids: train(padded(job.train_set, ids, device))
 
 
-def peft_step(base: torch.nn.Module, device: torch.device) -> BatchStep:
+def peft_step(
+    base: torch.nn.Module, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> BatchStep:
     """Return a function that trains a LoRA of peft on a padded batch, and returns its loss."""
     from peft import LoraConfig, get_peft_model
 
@@ -202,7 +229,7 @@ def peft_step(base: torch.nn.Module, device: torch.device) -> BatchStep:
 
     def step(batch: Batch) -> torch.Tensor:
         tokens, mask, labels = batch
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -213,7 +240,7 @@ def peft_step(base: torch.nn.Module, device: torch.device) -> BatchStep:
 
 
 def litgpt(method: str) -> Callable[[Job], Step]:
-    """Train with LitGPT as its scripts do, bf16-true, with random weights of the same shape."""
+    """Train with LitGPT as its scripts do with bf16-true or 32-true, from random weights."""
 
     def start(job: Job) -> Step:
         modules = {"lora": "litgpt.lora", "adapter": "litgpt.adapter", "full": "litgpt.model"}
@@ -230,7 +257,7 @@ def litgpt(method: str) -> Callable[[Job], Step]:
             options = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05)
             options |= dict(lora_query=True, lora_value=True)
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(job.dtype)
         try:
             model = module.GPT(module.Config.from_name(known[model_name], **options))
             model = model.to(job.fabric.device)
@@ -271,16 +298,19 @@ def litgpt_step(model: torch.nn.Module) -> BatchStep:
 
 
 # name: the package that it needs, and a function that returns its step
-CONTENDERS: dict[str, tuple[str, Callable[[Job], Step]]] = {
+TRAINERS: dict[str, tuple[str, Callable[[Job], Step]]] = {
     "lit-llama LoRA": ("lit_llama", ours("LORA")),
-    "lit-llama LoRA, nf4": ("lit_llama", ours("LORA")),
-    "lit-llama LoRA, fp8": ("lit_llama", ours("LORA")),
     "peft LoRA": ("peft", peft_lora),
     "litgpt LoRA": ("litgpt", litgpt("lora")),
     "lit-llama adapter": ("lit_llama", ours("llama_adapter")),
     "litgpt adapter": ("litgpt", litgpt("adapter")),
     "lit-llama full": ("lit_llama", ours("full")),
     "litgpt full": ("litgpt", litgpt("full")),
+}
+CONTENDERS: dict[str, tuple[str, Callable[[Job], Step]]] = {
+    f"{name}, {kind}": trainer
+    for name, trainer in TRAINERS.items()
+    for kind in (*common.PRECISIONS, *(FOR_TRAINING if name == "lit-llama LoRA" else ()))
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import ROOT, call, save, table
 
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device
+from lit_llama.runtime.hardware import default_device
 
 RUNS = (
     "lora",

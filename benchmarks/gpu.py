@@ -44,7 +44,8 @@ from lit_llama.generation import Sampling, decode, stream
 from lit_llama.model import PackedSequences, causal_attention, rope_table
 from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import peak_memory_bytes, setup_fabric
+from lit_llama.runtime.devices import setup_fabric
+from lit_llama.runtime.hardware import peak_memory_bytes
 from lit_llama.runtime.memory import estimate_memory
 from lit_llama.storage.methods import METHODS, FullConfig
 from lit_llama.training import make_optimizer, train_step

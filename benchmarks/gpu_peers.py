@@ -28,7 +28,7 @@ from generate import Decode, litgpt_decode, transformers_decode
 from lit_llama.args import LoRAConfig
 from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.generation import Sampling, stream
-from lit_llama.runtime.devices import peak_memory_bytes
+from lit_llama.runtime.hardware import peak_memory_bytes
 
 DROPOUT = 0.05
 Train = Callable[[int], float]  # takes the number of a step and returns its loss

@@ -14,7 +14,7 @@ from common import alternate, call, chosen, median, ratios, save, synchronize, t
 from lit_llama import load_model
 from lit_llama.lora import LoRAConfig, apply_lora, load_lora, merge_lora, save_lora
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, peak_memory_bytes
+from lit_llama.runtime.hardware import default_device, peak_memory_bytes
 
 CONTENDERS = {
     "lit-llama": "lit_llama",

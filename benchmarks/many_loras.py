@@ -17,7 +17,7 @@ from lit_llama.generation import Sampling, stream
 from lit_llama.lora import LoRAConfig, apply_lora, load_lora, merge_lora, save_lora
 from lit_llama.multi_lora import enable_multi_lora, load_adapter, set_adapters
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, peak_memory_bytes
+from lit_llama.runtime.hardware import default_device, peak_memory_bytes
 
 CONTENDERS = {  # name -> LoRAs in memory, those in use, rows of the batch
     "no LoRA": (0, 0, 8),

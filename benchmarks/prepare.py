@@ -58,7 +58,7 @@ def main(
         for count in sets.values():
             prepare(count)
         seconds, memory = prepare(records)  # the largest, so the peak of all children is its own
-        recipe = ["--worker", "lit-llama LoRA", "--steps", steps]
+        recipe = ["--worker", "lit-llama LoRA, bf16", "--steps", steps]
         recipe += ["--checkpoint_dir", checkpoint_dir]
 
         def train(name: str) -> str:

@@ -10,6 +10,7 @@ from lit_llama.runtime.cli import run
 SECTIONS = {
     "finetune": "Finetuning beside peers",
     "generate": "Decoding beside peers",
+    "busy": "Finetuning beside a busy process",
     "flags": "What the flags cost and buy",
     "prepare": "Preparing data, and what its amount costs",
     "load": "Loading",

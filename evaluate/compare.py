@@ -29,7 +29,12 @@ from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.generation import Sampling, stream
 from lit_llama.prompts import Messages, content, encode_prompt, get_template, stop_ids
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, inference_dtype, peak_memory_bytes
+from lit_llama.runtime.hardware import (
+    PRECISION_NAMES,
+    default_device,
+    inference_dtype,
+    peak_memory_bytes,
+)
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.files import atomic_write, read_prompts
 from lit_llama.storage.methods import load_finetuned, resolve_model_dir, tokenizer_dir
@@ -62,7 +67,7 @@ def main(
     temperature: NonNegativeFloat = 0.0,
     seed: int = 1234,
     batch_size: PositiveInt = 8,
-    precision: Literal["bf16-true", "32-true"] = "bf16-true",
+    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
 ) -> None:
     """Compare models on the same records, validation samples or prompts. Guide: howto/evaluate.md
 
@@ -84,7 +89,7 @@ def main(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Sampling seed.
         batch_size: Number of prompts to answer at once.
-        precision: Dtype of the models.
+        precision: Dtype of the models; auto: the faster one.
     """
     if not models or len(set(models)) < len(models):
         names = ",".join(map(str, models))
@@ -96,10 +101,10 @@ def main(
         raise UserError(f"--template: {problem}. Give records with --source")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir}: is a file")
-    dtype = inference_dtype(precision)
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
-    for path in models:  # a mistake in the last one should not wait until the others are measured
-        resolve_model_dir(path, checkpoint_dir)
+    # a mistake in the last one should not wait until the others are measured
+    folders = [resolve_model_dir(path, checkpoint_dir) for path in models]
+    dtype = inference_dtype(precision, folders[0])
     data: Path | dict[str, Messages]
     if source is not None:
         data = read_conversations(source, columns)
@@ -115,9 +120,10 @@ def main(
     sampled = f"temperature {temperature}, seed {seed}" if temperature else "greedy"
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else "CPU"
     count = len(results[0]["samples"])
+    name = PRECISION_NAMES[dtype]
     setting = (
         f"{count} samples of {source or data_dir or prompt_file}, {sampled}, at most "
-        f"{max_new_tokens} new tokens, {batch_size} prompts at a time, {precision}, {device}"
+        f"{max_new_tokens} new tokens, {batch_size} prompts at a time, {name}, {device}"
     )
     write(out_dir, setting, results)
     print(aligned(table(results)))

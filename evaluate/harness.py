@@ -16,7 +16,7 @@ from lit_llama.fast.decoding import optimize_for_inference
 from lit_llama.generation import Sampling, stream
 from lit_llama.prompts import get_template
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, inference_dtype
+from lit_llama.runtime.hardware import PRECISION_NAMES, default_device, inference_dtype
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.methods import load_finetuned, resolve_model_dir
 
@@ -41,7 +41,7 @@ def main(
     apply_chat_template: bool = False,
     template: str | None = None,
     batch_tokens: PositiveInt = 4096,
-    precision: Literal["bf16-true", "32-true"] = "bf16-true",
+    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
     out_file: Path | None = None,
 ) -> None:
     """Print lm-eval's table of a model's results on tasks. Guide: howto/evaluate.md
@@ -61,7 +61,7 @@ def main(
         apply_chat_template: Put each question into the prompt template of the training.
         template: Another prompt template: alpaca, chatml, llama3, chat or none.
         batch_tokens: Tokens per batch, generated ones included. Changes memory, not results.
-        precision: Dtype of the model.
+        precision: Dtype of the model; auto: the faster one.
         out_file: New JSON file for all figures, versions and settings.
     """
     if TemplateLM is object:
@@ -78,8 +78,8 @@ def main(
         hint = "Give another name, or move that one away"
         raise UserError(f"--out_file {out_file}: exists already. {hint}")
     folder = choose_folder(checkpoint_dir, lora_path, adapter_path)
-    dtype = inference_dtype(precision)
-    resolve_model_dir(folder, checkpoint_dir)  # fails before the tasks are looked for
+    model_dir = resolve_model_dir(folder, checkpoint_dir)  # fails before tasks are looked for
+    dtype = inference_dtype(precision, model_dir, tokens=256)
     names, manager = find_tasks(tasks, include_path)
     where = (folder, checkpoint_dir, default_device(), dtype)
     template = template if apply_chat_template else "none"  # not used
@@ -102,7 +102,7 @@ def main(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         problem = f"what a task needs is not here and cannot be fetched ({reason})"
         raise UserError(f"--tasks: {problem}") from None
-    results["config"] |= {"model": str(folder), "precision": precision}
+    results["config"] |= {"model": str(folder), "precision": PRECISION_NAMES[dtype]}
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))

@@ -11,7 +11,7 @@ from scoring import Sample, choose_folder, dataset_samples, log_likelihoods
 from lit_llama import LLaMAConfig, Tokenizer, UserError
 from lit_llama.prompts import Messages, get_template, stop_ids
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import default_device, inference_dtype
+from lit_llama.runtime.hardware import default_device, inference_dtype
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.files import read_text
 from lit_llama.storage.methods import load_finetuned, resolve_model_dir, tokenizer_dir
@@ -30,7 +30,7 @@ def main(
     template: str | None = None,
     columns: Columns = Columns(),
     batch_tokens: PositiveInt = 4096,
-    precision: Literal["bf16-true", "32-true"] = "bf16-true",
+    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
 ) -> None:
     """Print a model's loss, perplexity and bits per byte. Guide: howto/evaluate.md
 
@@ -52,13 +52,13 @@ def main(
             of the training, else chat if there is one, else alpaca, and none for a model).
         columns: Column names of the records.
         batch_tokens: Tokens per batch. Changes memory, not results.
-        precision: Dtype of the model.
+        precision: Dtype of the model; auto: the faster one.
     """
     if (source is None) == (data_dir is None):
         raise UserError("--source, --data_dir: give one of them")
     folder = choose_folder(checkpoint_dir, lora_path, adapter_path)
-    dtype = inference_dtype(precision)
     model_dir = resolve_model_dir(folder, checkpoint_dir)
+    dtype = inference_dtype(precision, model_dir, tokens=256)
     context = LLaMAConfig.from_checkpoint(model_dir).max_position_embeddings
     window = min(context, 2048) if window is None else window
     stride = window // 2 if stride is None else stride

@@ -24,23 +24,21 @@ def main(
 
     from lit_llama.adapter import apply_adapter
     from lit_llama.fast import optimize_for_training
-    from lit_llama.runtime.devices import PRECISIONS, check_memory, setup_fabric, setup_model
-    from lit_llama.runtime.loggers import check_logger
+    from lit_llama.runtime.devices import check_memory, setup_fabric, setup_model
+    from lit_llama.runtime.hardware import PRECISIONS
     from lit_llama.storage.datasets import load_dataset
     from lit_llama.storage.model_folder import empty_model
-    from lit_llama.storage.run_folder import check_run_folder
+    from lit_llama.storage.run_folder import start_run
     from lit_llama.training import fit
 
-    flags = args.as_flags(adapter=adapter, train=train)
-    check_run_folder(args.out_dir, args.resume, flags)
-    check_logger(args.logger)
+    args, train, flags = start_run(args, train, adapter=adapter)
     fabric = setup_fabric(args.devices, args.num_nodes, args.precision)
     torch.manual_seed(args.seed)
     model = empty_model(args.checkpoint_dir, PRECISIONS[args.precision])
     dataset = load_dataset(args.data_dir, args.checkpoint_dir)
     apply_adapter(model, adapter)
     methods = {"llama_adapter": adapter}
-    optimize_for_training(model, fabric.device, train.fast_paths, train.recompute)
+    optimize_for_training(model, fabric.device, **train.model_options())
     check_memory(fabric, model, dataset, args, train)
     model = setup_model(fabric, model, args.checkpoint_dir, args.quantize)
     fit(fabric, model, dataset, methods, train, args, flags)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lit_llama.storage.methods import PromptFormat
     from lit_llama.tokenizer import Tokenizer
 
-Precision = Literal["bf16-true", "32-true"]
+Precision = Literal["auto", "bf16-true", "32-true"]
 TopP = restricted_number_type("TopP", float, [(">", 0), ("<=", 1)])
 
 
@@ -94,7 +94,7 @@ def load_device(args: AnswerArgs) -> "torch.device":
     import torch
 
     from lit_llama.fast import kernels
-    from lit_llama.runtime.devices import default_device
+    from lit_llama.runtime.hardware import default_device
 
     device = default_device()
     if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -137,7 +137,7 @@ def answer(
     from lit_llama.generation import stream
     from lit_llama.multi_lora import set_adapters
     from lit_llama.prompts import encode_prompt, get_template, stop_ids
-    from lit_llama.runtime.devices import peak_memory_bytes
+    from lit_llama.runtime.hardware import peak_memory_bytes
     from lit_llama.storage.methods import PromptFormat
 
     # the LoRAs that answer, or None alone: the model as it is

@@ -11,7 +11,7 @@ def main(
     args: AnswerArgs = AnswerArgs(),
     checkpoint_dir: Path = Path("checkpoints/meta-llama/Llama-2-7b-hf"),
     template: str | None = None,
-    precision: Precision = "bf16-true",
+    precision: Precision = "auto",
 ) -> None:
     """Answer a prompt with a model as it is. Guide: howto/inference.md
 
@@ -19,15 +19,16 @@ def main(
         checkpoint_dir: Model folder.
         template: Prompt template: alpaca, chatml, llama3, chat (the model folder's own) or none
             (default: chat if the folder has one, else none).
-        precision: Dtype of the model.
+        precision: Dtype of the model; auto: the faster one.
     """
     # imported after the flags are read: --help must not wait for torch
     from lit_llama import Tokenizer, load_model
     from lit_llama.fast.decoding import optimize_for_inference
-    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.runtime.hardware import default_device, inference_dtype
 
     prompts = read_prompts(args)
-    model = load_model(checkpoint_dir, load_device(args), inference_dtype(precision))
+    dtype = inference_dtype(precision, checkpoint_dir)
+    model = load_model(checkpoint_dir, load_device(args), dtype)
     tokenizer = Tokenizer(checkpoint_dir)
     optimize_for_inference(model, default_device(), args.quantize, args.fast_paths, args.compile)
     template = template or ("chat" if tokenizer.chat_template else "none")

@@ -15,7 +15,7 @@ def main(
     lora_path: list[Path] = [],  # noqa: B006, never changed
     adapter_path: Path | None = None,
     template: str | None = None,
-    precision: Precision = "bf16-true",
+    precision: Precision = "auto",
     system: str | None = None,
     context: PositiveInt = 4096,
     max_new_tokens: PositiveInt = 512,
@@ -39,7 +39,7 @@ def main(
         adapter_path: Folder of an adapter of either version; not with --lora_path.
         template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
             (default: that of the training, else chat if there is one).
-        precision: Dtype of the model.
+        precision: Dtype of the model; auto: the faster one.
         system: System message to start with.
         context: Maximum tokens of the conversation; the oldest turns are forgotten first.
         max_new_tokens: Maximum length of an answer in tokens.
@@ -58,11 +58,11 @@ def main(
     from lit_llama.fast.decoding import optimize_for_inference
     from lit_llama.generation import Sampling
     from lit_llama.multi_lora import enable_multi_lora
-    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.runtime.hardware import default_device, inference_dtype
     from lit_llama.storage.methods import common_model_dir, load_finetuned, prompt_format
 
-    device, dtype = default_device(), inference_dtype(precision)
     base = common_model_dir([adapter_path] if adapter_path else lora_path, checkpoint_dir)
+    device, dtype = default_device(), inference_dtype(precision, base)
     # weights to be quantized go to the GPU only afterwards
     load_device = "cpu" if quantize else device
     path = adapter_path or base

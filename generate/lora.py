@@ -13,7 +13,7 @@ def main(
     lora_path: list[Path] = [Path("out/lora/alpaca")],  # noqa: B006, never changed
     checkpoint_dir: Path | None = None,
     template: str | None = None,
-    precision: Precision = "bf16-true",
+    precision: Precision = "auto",
 ) -> None:
     """Answer a prompt with a LoRA, or with several side by side. Guide: howto/inference.md
 
@@ -27,23 +27,22 @@ def main(
         checkpoint_dir: Folder of the base model (default: the one that the LoRA names).
         template: Prompt template: alpaca, chatml, llama3, chat (the folder's own) or none
             (default: that of the training, else chat if there is one, else alpaca).
-        precision: Dtype of the model.
+        precision: Dtype of the model; auto: the faster one.
     """
     # imported after the flags are read: --help must not wait for torch
     from lit_llama.fast.decoding import optimize_for_inference
     from lit_llama.multi_lora import enable_multi_lora
-    from lit_llama.runtime.devices import default_device, inference_dtype
+    from lit_llama.runtime.hardware import default_device, inference_dtype
     from lit_llama.storage.methods import common_model_dir, load_finetuned, prompt_format
 
     if len(set(lora_path)) < max(len(lora_path), 1):
         raise UserError("--lora_path: should be one folder or several different ones")
     prompts = read_prompts(args)
-    device, dtype = load_device(args), inference_dtype(precision)
+    base = common_model_dir(lora_path, checkpoint_dir)
+    device, dtype = load_device(args), inference_dtype(precision, base)
     if len(lora_path) == 1:
-        where = (lora_path[0], checkpoint_dir, device, dtype)
-        model, tokenizer, templates = load_finetuned(*where, template)
+        model, tokenizer, templates = load_finetuned(lora_path[0], base, device, dtype, template)
     else:
-        base = common_model_dir(lora_path, checkpoint_dir)
         model, tokenizer, _ = load_finetuned(base, base, device, dtype)
         enable_multi_lora(model, lora_path)
         templates = {str(path): prompt_format(path, base, template) for path in lora_path}

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from lit_llama.config import LLaMAConfig
 from lit_llama.kv_cache import KVCache
@@ -265,6 +264,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, seqs: PackedSequ
     """
     groups = query.size(1) // key.size(1)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
         # One FlashAttention kernel for all sequences, causal by its window.
         ends = (seqs.cu_seqlens, seqs.cu_seqlens)
         longest = (seqs.max_length, seqs.max_length)

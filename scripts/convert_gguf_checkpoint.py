@@ -14,7 +14,7 @@ from lit_llama import LLaMAConfig, UserError
 from lit_llama.config import LLAMA3_ROPE
 from lit_llama.model import rope_frequencies
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import inference_dtype
+from lit_llama.runtime.hardware import inference_dtype
 from lit_llama.storage.files import require_empty_dir
 from lit_llama.storage.model_folder import save_model_folder, tokenizer_files
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_llama import LLaMAConfig, UserError
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import inference_dtype
+from lit_llama.runtime.hardware import inference_dtype
 from lit_llama.storage.files import load_pickled, require_empty_dir
 from lit_llama.storage.model_folder import save_model_folder, tokenizer_files
 

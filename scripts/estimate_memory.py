@@ -10,7 +10,7 @@ from lit_llama import LLaMA, LLaMAConfig, UserError
 from lit_llama.args import AdapterConfig, LoRAConfig
 from lit_llama.fast import optimize_for_training
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import PRECISIONS, peak_memory_bytes
+from lit_llama.runtime.hardware import PRECISIONS, peak_memory_bytes
 from lit_llama.runtime.memory import estimate_memory
 from lit_llama.storage.methods import METHODS, FullConfig, Method
 from lit_llama.storage.model_folder import model_config

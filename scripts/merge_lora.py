@@ -6,7 +6,7 @@ from typing import Literal
 
 from lit_llama import UserError, load_model
 from lit_llama.runtime.cli import run
-from lit_llama.runtime.devices import inference_dtype
+from lit_llama.runtime.hardware import inference_dtype
 from lit_llama.storage.files import require_empty_dir
 from lit_llama.storage.methods import (
     load_method,

@@ -3,6 +3,8 @@
 `optimize_for_training` swaps them in for training, `decoding.optimize_for_inference` for decoding.
 """
 
+from collections.abc import Collection
+
 import torch
 
 from lit_llama.fast.modules import use_fast_paths
@@ -13,16 +15,23 @@ __all__ = ["optimize_for_training", "set_recompute", "use_fast_paths"]
 
 
 def optimize_for_training(
-    model: LLaMA, device: torch.device, fast_paths: bool = True, recompute: str | None = None
+    model: LLaMA,
+    device: torch.device,
+    fast_paths: bool = True,
+    recompute: str | None = None,
+    kernels: Collection[str] | None = None,
 ) -> None:
     """Swap in faster modules, and what the backward pass computes again, before sharding.
 
     `recompute` is "none", "activations" or "block". The default saves memory on a GPU and time on
-    the CPU: "activations" there and "none" here.
+    the CPU: "activations" there and "none" here. `kernels` are those for the CPU: "packed" weights,
+    "short_attention", and "halves" of a micro-batch in two threads. The default is the first two.
     """
     on_gpu = device.type == "cuda"
     if fast_paths:
         use_fast_paths(model)
+        chosen = ("packed", "short_attention") if kernels is None else kernels
+        model.use_kernels(chosen if device.type == "cpu" else ())
         if on_gpu:
             model.loss_chunk, model.loss_rows = 512, 256
     set_recompute(model, recompute or ("activations" if on_gpu else "none"))

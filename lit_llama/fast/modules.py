@@ -1,11 +1,14 @@
 """Subclasses of the book's modules that save less for the backward pass."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from lit_llama.adapter import AdapterAttention
 from lit_llama.dropout import token_mask
 from lit_llama.fast import functions
+from lit_llama.fast.packing import can_pack
 from lit_llama.fast.recompute import recompute
 from lit_llama.fast.short_attention import MAX_SAMPLE_TOKENS, LengthBuckets, ShortAttentionFunction
 from lit_llama.lora import LoRALinear
@@ -26,6 +29,21 @@ class FastLLaMA(LLaMA):
 
     # Labels whose logits are in memory at once, and those in fp32, which fit into a CPU's cache.
     loss_chunk, loss_rows = 256, 16
+    packs_weights = False  # those of the frozen layers, when they are loaded
+    trains_halves = False  # of each micro-batch, in two threads
+
+    def use_kernels(self, kernels: Collection[str]) -> None:
+        """Choose any of "packed", "short_attention" and "halves", for training on the CPU."""
+        # DoRA reads the weight itself at each step.
+        has_dora = any(
+            name.endswith("lora_magnitude_vector") for name, _ in self.named_parameters()
+        )
+        can = can_pack(self.embed_tokens.weight.dtype) and not has_dora
+        self.packs_weights = can and "packed" in kernels
+        self.trains_halves = "halves" in kernels
+        for module in self.modules():
+            if isinstance(module, FastAttention):
+                module.is_short = "short_attention" in kernels
 
     def cross_entropy_sum(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
@@ -48,6 +66,8 @@ class FastLLaMA(LLaMA):
 class FastAttention(Attention):
     """RoPE that saves only its table; matmul attention for short samples on the CPU."""
 
+    is_short = False  # attend by matmuls
+
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
@@ -57,7 +77,7 @@ class FastAttention(Attention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         seqs = context.seqs
         trains = torch.is_grad_enabled() and context.kv_cache is None
-        if not trains or query.device.type != "cpu" or seqs.max_length > MAX_SAMPLE_TOKENS:
+        if not (trains and self.is_short and seqs.max_length <= MAX_SAMPLE_TOKENS):
             return super().attend(query, key, value, context)
         if not hasattr(seqs, "buckets"):  # the same for all layers
             seqs.buckets = LengthBuckets(seqs.lengths)

@@ -5,6 +5,7 @@ Gradients flow to x only.
 """
 
 import importlib.util
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -72,7 +73,7 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)  # (out,)
+        scale = _int8_scale(weight)
         self.register_buffer("int8", (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.to(weight.dtype))
 
@@ -86,10 +87,56 @@ class Int8Linear(QuantizedLinear):
         fits = self.in_features % 16 == 0 and x.is_contiguous() and aligned
         few = x.dim() == 2 and len(x) <= self.KERNEL_ROWS
         if fits and few and x.device.type == "cpu":
-            return torch._weight_int8pack_mm(x, self.int8, self.scale)
+            # Of fp32 inputs, the kernel is slower than a matmul without quantization.
+            x, scale = x.bfloat16(), self.scale.bfloat16()
+            return torch._weight_int8pack_mm(x, self.int8, scale).to(self.dtype)
         if few and x.is_cuda:
             return kernels.int8_matmul(x, self.int8, self.scale)
         return F.linear(x, self.int8.to(x.dtype)) * self.scale
+
+
+def _int8_scale(weight: Tensor) -> Tensor:
+    """Return the scale of each row that maps its largest value to 127, (out_features,) in fp32."""
+    return (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
+
+
+class VNNILinear(QuantizedLinear):
+    """int8 as above, with inputs that are rounded to 8 bits as well, with a scale for each token.
+
+    For CPUs that multiply 8-bit integers (VNNI), by FBGEMM. Without these instructions its sums
+    could overflow.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        scale, zero = _int8_scale(weight).double(), torch.zeros(len(weight), dtype=torch.long)
+        int8 = (weight.float() / scale[:, None].float()).round().to(torch.int8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # quantized tensors, which only carry it to the packing
+            per_row = torch._make_per_channel_quantized_tensor(int8, scale, zero, 0)
+        self.packed = torch.ops.quantized.linear_prepack(per_row, None)
+
+    @staticmethod
+    def pays(weight: Tensor) -> bool:
+        """Tell whether this is faster for a weight than `Int8Linear`."""
+        # Not so for smaller ones. And the input of the MLP's down projection suffers from rounding.
+        if weight.size(0) < 2 * weight.size(1):
+            return False
+        # a later torch may drop the function, and with it the engine
+        has_engine = torch.backends.quantized.engine in ("x86", "fbgemm")
+        has_engine = has_engine and hasattr(torch, "_make_per_channel_quantized_tensor")
+        return has_engine and torch.cpu._is_vnni_supported()
+
+    def dequantize(self) -> Tensor:
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize().to(self.dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features:
+            return torch.ops.quantized.linear_dynamic(x.float(), self.packed).to(self.dtype)
+        # The function has one scale for all tokens of a call, some of which are 100 times as large.
+        size = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12)
+        y = torch.ops.quantized.linear_dynamic(x / size, self.packed)
+        return y.mul_(size).to(self.dtype)
 
 
 class Int4Linear(QuantizedLinear):

@@ -20,7 +20,7 @@ class RunArgs:
         data_dir: Tokenized dataset of scripts/prepare_*.py.
         devices: Devices per machine.
         num_nodes: Machines.
-        precision: bf16-mixed: frozen weights in bf16, trained ones in fp32.
+        precision: bf16-mixed: frozen weights in bf16, trained ones in fp32. auto: the faster one.
         seed: Seed of initialization, sample order and dropout.
         resume: Resume from the latest checkpoint in out_dir.
         quantize: Quantize frozen weights: nf4 (least memory), fp8 (fastest).
@@ -32,7 +32,7 @@ class RunArgs:
     data_dir: Path = Path("data/alpaca")
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
-    precision: Literal["bf16-mixed", "bf16-true", "32-true"] = "bf16-mixed"
+    precision: Literal["auto", "bf16-mixed", "bf16-true", "32-true"] = "auto"
     seed: int = 1337
     resume: bool = False
     quantize: Literal["nf4", "fp8"] | None = None
@@ -54,6 +54,7 @@ class TrainArgs:
         micro_batch_tokens: Tokens per forward pass; does not change results.
         recompute: Recompute in backward (GPU default: activations).
         fast_paths: Use the optimized modules of lit_llama/fast.
+        kernels: CPU kernels (default: the faster ones, measured).
         epochs: Passes over the training set.
         max_steps: Stop after this many steps, regardless of epochs.
         learning_rate: Peak learning rate.
@@ -75,6 +76,7 @@ class TrainArgs:
     micro_batch_tokens: PositiveInt = 2048
     recompute: Literal["none", "activations", "block"] | None = None
     fast_paths: bool = True
+    kernels: list[Literal["packed", "short_attention", "halves"]] | None = None
     epochs: PositiveInt = 5
     max_steps: PositiveInt | None = None
     learning_rate: NonNegativeFloat = 3e-4
@@ -90,3 +92,8 @@ class TrainArgs:
     save_interval: PositiveInt = 200
     keep_last: PositiveInt = 2
     log_interval: PositiveInt = 10
+
+    def model_options(self) -> dict[str, Any]:
+        """Return the arguments of `optimize_for_training`."""
+        names = ("fast_paths", "recompute", "kernels")
+        return {name: getattr(self, name) for name in names}

@@ -25,10 +25,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from lit_llama.errors import UsageError, UserError
-
-# Micro-batches differ in size, which leaves gaps in a GPU's memory. Read at its first use.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from lit_llama.runtime import environment  # sets variables, before torch is imported
 
 TYPES = {bool: "true|false", int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 SEE_HELP = "(--help lists all flags)"
@@ -49,7 +46,9 @@ def run(main: Callable, positional: str | None = None) -> None:
     follow no flag go to the list `positional`. Exit status: 2 for a wrong call, else 1.
     """
     try:
-        main(**parse(main, sys.argv[1:], positional))
+        arguments = parse(main, sys.argv[1:], positional)
+        environment.set_wait_policy()
+        main(**arguments)
     except (Exception, KeyboardInterrupt) as error:
         message = _explain(error)
         if message is None:

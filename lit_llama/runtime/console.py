@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lit_llama.fast.quantization import QuantizedLinear
 from lit_llama.runtime.args import TrainArgs
-from lit_llama.runtime.devices import peak_memory_bytes
+from lit_llama.runtime.hardware import peak_memory_bytes
 
 
 class Console:

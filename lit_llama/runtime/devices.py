@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -23,34 +22,12 @@ from lightning.fabric.wrappers import _FabricModule
 from lit_llama.errors import UsageError, UserError
 from lit_llama.model import LLaMA
 from lit_llama.runtime.args import RunArgs, TrainArgs
+from lit_llama.runtime.hardware import default_device
 from lit_llama.storage.datasets import Dataset
 from lit_llama.storage.model_folder import load_weights
 from lit_llama.storage.shards import shard
 
-# On the CPU, each number of tokens costs megabytes of cached oneDNN kernels, and packed
-# micro-batches have a new number at each step. Read at the first matmul.
-for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "64")
-
-# dtype of the loaded weights; parameters added by methods are fp32 under each
-PRECISIONS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "32-true": torch.float32}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may write tens of GB while the others wait
-
-
-def inference_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of the weights for inference."""
-    if precision not in ("bf16-true", "32-true"):
-        raise UsageError(f"--precision {precision}: unknown. Known: bf16-true, 32-true")
-    return PRECISIONS[precision]
-
-
-def default_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # cuDNN plans its attention anew for each shape; the other kernels are as fast
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda")
 
 
 def check_gpu(precision: str) -> None:
@@ -59,13 +36,6 @@ def check_gpu(precision: str) -> None:
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(False):
         hint = "Pass --precision 32-true, and --quantize nf4 if memory is short (no fp16)"
         raise UsageError(f"--precision {precision}: {name} has no bf16, Ampere was first. {hint}")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak of the memory allocated on the GPU, or of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def setup_fabric(devices: int, num_nodes: int, precision: str) -> Fabric:
@@ -134,7 +104,8 @@ def setup_model(
         if quantize:
             raise UsageError(f"--quantize {quantize}: works on one device only")
         shard(model, fabric.strategy.device_mesh)
-    load_weights(model, checkpoint_dir, fabric.device, quantize)
+    packed = getattr(model, "packs_weights", False) and fabric.world_size == 1
+    load_weights(model, checkpoint_dir, fabric.device, quantize, packed)
     if fabric.world_size == 1:
         model.to(fabric.device)  # what methods have added, without Fabric's warning that it moves
     return fabric.setup_module(model, move_to_device=False)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def load_model(
 def empty_model(checkpoint_dir: str | Path, dtype: torch.dtype) -> LLaMA:
     """Create the frozen model of a folder on the meta device (shapes only)."""
     config = model_config(checkpoint_dir)
-    with torch.device("meta"):
+    # Random numbers on meta have no effect but that they import torch._dynamo, for half a second.
+    with torch.device("meta"), patch.object(nn.Embedding, "reset_parameters"):
         return LLaMA(config).to(dtype).requires_grad_(False)
 
 
@@ -57,6 +59,7 @@ def load_weights(
     checkpoint_dir: str | Path,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    packed: bool = False,
 ) -> None:
     """Load a folder's weights into a model, which may be wrapped by methods and sharded.
 
@@ -65,6 +68,7 @@ def load_weights(
 
     Args:
         quantize: Replace the frozen linear layers, except the head, by nf4 or fp8 ones.
+        packed: Else replace them by packed ones (CPU).
     """
     folder = Path(checkpoint_dir)
     stored, parameters = stored_names(folder), base_parameters(model)
@@ -72,9 +76,14 @@ def load_weights(
         # some folders store a tied head twice, or under this name only
         stored.setdefault("embed_tokens.weight", stored.pop("lm_head.weight"))
     _require_same_names(folder, stored, parameters)
+    make = None  # what makes the form of a frozen linear layer
     if quantize:
         from lit_llama.fast.quantization import FOR_TRAINING, quantization
-    replaced: dict[nn.Module, nn.Module] = {}  # linear layer -> its quantized form
+
+        make = quantization(quantize, FOR_TRAINING)
+    elif packed:
+        from lit_llama.fast.packing import FrozenPackedLinear as make
+    replaced: dict[nn.Module, nn.Module] = {}  # linear layer -> its new form
     for name, (module, attribute) in parameters.items():
         parameter, tensor = getattr(module, attribute), read_tensor(*stored[name])
         if _is_quantized(tensor):
@@ -84,10 +93,10 @@ def load_weights(
             raise UserError(f"{folder}: {problem}, config.json requires {tuple(parameter.shape)}")
         weight = shard_like(parameter, tensor, device)
         is_linear = isinstance(module, nn.Linear) and module is not model.lm_head
-        if quantize and is_linear and not parameter.requires_grad:
+        if make and is_linear and not parameter.requires_grad:
             # the weight comes before the bias, so the full layer exists only until it is quantized
             if attribute == "weight":
-                replaced[module] = quantization(quantize, FOR_TRAINING)(weight)
+                replaced[module] = make(weight)
                 continue
             module = replaced[module]
         setattr(module, attribute, nn.Parameter(weight, parameter.requires_grad))

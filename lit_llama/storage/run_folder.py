@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from lit_llama.config import read_json
 from lit_llama.errors import UserError
+from lit_llama.runtime.args import RunArgs, TrainArgs
 from lit_llama.runtime.devices import on_rank_zero, sync_errors
-from lit_llama.runtime.loggers import start_metrics
+from lit_llama.runtime.hardware import choose_for_training
+from lit_llama.runtime.loggers import check_logger, start_metrics
 from lit_llama.storage import files
 from lit_llama.storage.shards import gather_full_tensors, local_rows, local_shard
 
@@ -29,6 +31,27 @@ from lit_llama.storage.shards import gather_full_tensors, local_rows, local_shar
 FREE_FLAGS = re.compile(
     r"checkpoint_dir|data_dir|out_dir|devices|num_nodes|resume|config|logger|train\.(?!batch_size).*"
 )
+
+
+def start_run(
+    args: RunArgs, train: TrainArgs, **groups: Any
+) -> tuple[RunArgs, TrainArgs, dict[str, Any]]:
+    """Choose the precision and kernels that are left open, and check the folder and the logger.
+
+    Returns arguments with these choices, and all flags, as in config.yaml. A run that resumes keeps
+    what it chose when it began.
+    """
+    if args.resume and (args.out_dir / "config.yaml").exists():
+        before = read_flags(args.out_dir)
+        if args.precision == "auto":
+            args = replace(args, precision=before.get("precision", "auto"))
+        if train.kernels is None:
+            train = replace(train, kernels=before.get("train", {}).get("kernels"))
+    args, train = choose_for_training(args, train, trains_all=not groups)
+    flags = args.as_flags(**groups, train=train)
+    check_run_folder(args.out_dir, args.resume, flags)
+    check_logger(args.logger)
+    return args, train, flags
 
 
 @dataclass
