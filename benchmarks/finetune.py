@@ -29,7 +29,12 @@ from lit_llama.fast.quantization import FOR_TRAINING
 from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import setup_fabric, setup_model
-from lit_llama.runtime.hardware import default_device, peak_memory_bytes
+from lit_llama.runtime.hardware import (
+    default_device,
+    faster_kernels,
+    peak_memory_bytes,
+    time_linears,
+)
 from lit_llama.storage.datasets import load_dataset
 from lit_llama.storage.methods import METHODS, FullConfig
 from lit_llama.storage.model_folder import empty_model
@@ -171,7 +176,11 @@ def ours(method: str) -> Callable[[Job], Step]:
         full = FullConfig("32-true" if job.dtype == torch.float32 else "bf16-true")
         model = empty_model(job.checkpoint_dir, job.dtype)
         METHODS[method].apply(model, full if method == "full" else METHODS[method].config())
-        optimize_for_training(model, job.fabric.device)
+        kernels = None
+        if job.fabric.device.type == "cpu":  # as finetune/*.py chooses them
+            seconds = time_linears(model.config, tokens=256, train=True)
+            kernels = faster_kernels(seconds, job.dtype, job.checkpoint_dir, method == "full")
+        optimize_for_training(model, job.fabric.device, kernels=kernels)
         model = setup_model(job.fabric, model, job.checkpoint_dir, job.quantize)
         # the peers below do not scale gradients either
         args = TrainArgs(micro_batch_tokens=10**6, max_grad_norm=0)

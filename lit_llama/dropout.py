@@ -5,7 +5,6 @@
 # table of 4,096 random mask rows is made once per width; a sample starts at a hashed row and walks
 # down. So a step costs one gather and no random numbers.
 
-import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +16,7 @@ from torch import Tensor
 
 Mask = tuple[Tensor, Tensor]  # a table, and a row of it for each token
 TABLE_ROWS = 4096
-
-
-class Current(threading.local):
-    """The dropout rows of this thread's micro-batch."""
-
-    rows: Tensor | None = None  # (tokens,) int64: the table row of each token
-
-
-current = Current()
+current_rows: Tensor | None = None  # (tokens,) int64: the table row of each token
 
 
 @contextmanager
@@ -33,18 +24,17 @@ def token_rows(
     seed: int, step: int, sample_ids: list[int], lengths: list[int], device: torch.device
 ) -> Iterator[None]:
     """Set the dropout rows of a micro-batch. Its forward and backward pass run inside."""
+    global current_rows
     rows = []
     for sample_id, length in zip(sample_ids, lengths, strict=True):
         # Python hashes tuples of integers alike in every process.
         first = hash((seed, step, sample_id)) % TABLE_ROWS
         rows.append(torch.arange(first, first + length))
-    # A GPU's backward pass runs in a thread of its own, for which a value of the class is set.
-    owner = current if device.type == "cpu" else Current
-    owner.rows = torch.cat(rows).to(device, non_blocking=True)
+    current_rows = torch.cat(rows).to(device, non_blocking=True)
     try:
         yield
     finally:
-        owner.rows = None
+        current_rows = None
 
 
 def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
@@ -62,10 +52,10 @@ def token_dropout(x: Tensor, p: float, name: str) -> Tensor:
 def token_mask(p: float, name: str, x: Tensor) -> Mask | None:
     """Return a table of zeros and ones and the row of each token; None without `token_rows`."""
     # Not the mask itself: it is cheaper to gather it twice than to keep it for the backward pass.
-    if current.rows is None:
+    if current_rows is None:
         return None
     # The prompt of an adapter belongs to no sample: its rows count from zero.
-    rows = current.rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
+    rows = current_rows if x.dim() == 2 else torch.arange(x.size(-2), device=x.device)
     rows = (rows + zlib.crc32(name.encode())) % TABLE_ROWS
     # Bool is half of the memory traffic on a GPU. The CPU would convert it at each use.
     dtype = torch.bool if x.is_cuda else x.dtype

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -26,7 +26,6 @@ from lit_llama.runtime.console import Console
 from lit_llama.runtime.devices import StopSignals, shutdown
 from lit_llama.runtime.hardware import peak_memory_bytes
 from lit_llama.runtime.loggers import metrics_logger
-from lit_llama.runtime.threads import run_in_threads
 from lit_llama.storage.datasets import Dataset
 from lit_llama.storage.methods import METHODS, SaveInfo, save_methods
 from lit_llama.storage.run_folder import Progress, RunFolder
@@ -171,20 +170,16 @@ def train_step(
     # Not those of the model: after an evaluation, FSDP leaves some of them gathered for a while.
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     num_labels = sum(dataset.label_counts[index] for index in sample_ids)
-
-    def add_gradients(ids: list[int]) -> Tensor:
+    losses = []
+    for ids in micro_batches(fabric, dataset, sample_ids, train):
         batch = dataset.micro_batch(ids, fabric.device)
         # Dropout depends on seed, step and sample: not on the micro-batch, nor on the device.
         with token_rows(seed, step, ids or [0], batch["lengths"], fabric.device):
-            with fabric.autocast():
-                loss = model.module(**batch) / num_labels
+            loss = model(**batch) / num_labels
             # FSDP averages the gradients of all processes; we need their sum.
-            (loss * fabric.world_size).backward()
-        return loss.detach()
-
-    losses = []
-    for ids in micro_batches(fabric, dataset, sample_ids, train):
-        losses += run_in_threads(fabric, model.module, add_gradients, ids, dataset.lengths)
+            fabric.backward(loss * fabric.world_size)
+        losses.append(loss.detach())
+        del loss  # frees what was saved for backward
     total = fabric.all_reduce(torch.stack(losses).sum(), reduce_op="sum")
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

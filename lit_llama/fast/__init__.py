@@ -24,8 +24,8 @@ def optimize_for_training(
     """Swap in faster modules, and what the backward pass computes again, before sharding.
 
     `recompute` is "none", "activations" or "block". The default saves memory on a GPU and time on
-    the CPU: "activations" there and "none" here. `kernels` are those for the CPU: "packed" weights,
-    "short_attention", and "halves" of a micro-batch in two threads. The default is the first two.
+    the CPU: "activations" there and "none" here. `kernels` are those for the CPU: "packed" weights
+    and "short_attention"; the default is both, as far as the CPU has them.
     """
     on_gpu = device.type == "cuda"
     if fast_paths:

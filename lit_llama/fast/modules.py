@@ -30,17 +30,15 @@ class FastLLaMA(LLaMA):
     # Labels whose logits are in memory at once, and those in fp32, which fit into a CPU's cache.
     loss_chunk, loss_rows = 256, 16
     packs_weights = False  # those of the frozen layers, when they are loaded
-    trains_halves = False  # of each micro-batch, in two threads
 
     def use_kernels(self, kernels: Collection[str]) -> None:
-        """Choose any of "packed", "short_attention" and "halves", for training on the CPU."""
+        """Choose "packed", "short_attention", both or none, for training on the CPU."""
         # DoRA reads the weight itself at each step.
         has_dora = any(
             name.endswith("lora_magnitude_vector") for name, _ in self.named_parameters()
         )
         can = can_pack(self.embed_tokens.weight.dtype) and not has_dora
         self.packs_weights = can and "packed" in kernels
-        self.trains_halves = "halves" in kernels
         for module in self.modules():
             if isinstance(module, FastAttention):
                 module.is_short = "short_attention" in kernels

@@ -20,7 +20,7 @@ from lit_llama.model import Block, Context, LLaMA, Rope
 def recompute(function: Any, *args: Any) -> Any:
     """Call a function and save only its arguments: the backward pass calls it again."""
     # In training, dropout draws no random numbers. Elsewhere, draw the same ones again.
-    draws = dropout.current.rows is None
+    draws = dropout.current_rows is None
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
 
 

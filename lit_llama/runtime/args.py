@@ -76,7 +76,7 @@ class TrainArgs:
     micro_batch_tokens: PositiveInt = 2048
     recompute: Literal["none", "activations", "block"] | None = None
     fast_paths: bool = True
-    kernels: list[Literal["packed", "short_attention", "halves"]] | None = None
+    kernels: list[Literal["packed", "short_attention"]] | None = None
     epochs: PositiveInt = 5
     max_steps: PositiveInt | None = None
     learning_rate: NonNegativeFloat = 3e-4

@@ -21,14 +21,13 @@ from lit_llama.fast.packing import FrozenPackedLinear, PackedLinear, can_pack
 from lit_llama.fast.short_attention import LengthBuckets, ShortAttentionFunction
 from lit_llama.model import PackedSequences, causal_attention
 from lit_llama.runtime.args import RunArgs, TrainArgs
-from lit_llama.runtime.environment import is_crowded
 from lit_llama.storage.model_folder import weight_files
 
 # dtype of the loaded weights; parameters added by methods are fp32 under each
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "32-true": torch.float32}
 PRECISION_NAMES = {torch.bfloat16: "bf16-true", torch.float32: "32-true"}  # for inference
 BF16, FP32 = torch.bfloat16, torch.float32
-CLEARLY = 1.1  # how many times as fast a choice should be that takes more memory
+CLEARLY = 1.15  # how many times as fast a choice should be that takes more memory
 CACHED_WEIGHTS = 2**24  # elements, of which a CPU's cache holds only a part
 Key = TypeVar("Key")
 Seconds = dict[tuple[torch.dtype, bool], float]  # by dtype, and whether weights are packed
@@ -89,22 +88,26 @@ def choose_for_training(
     precision, kernels, folder = args.precision, train.kernels, args.checkpoint_dir
     one_cpu = default_device().type == "cpu" and args.devices * args.num_nodes == 1
     if one_cpu and (precision == "auto" or kernels is None):
-        config = LLaMAConfig.from_checkpoint(folder)
-        seconds = time_linears(config, tokens=256, train=True)
+        seconds = time_linears(LLaMAConfig.from_checkpoint(folder), tokens=256, train=True)
         if precision == "auto":
             # Full finetuning holds gradients and two averages as well, in fp32 in either case.
             precision = faster_precision(seconds, "bf16-mixed", 16 if trains_all else 4, folder)
         if kernels is None:
-            dtype = PRECISIONS[precision]
-            packs = seconds.get((dtype, True), float("inf")) < seconds[dtype, False]
-            packs = packs and not trains_all and fits(2 * dtype.itemsize, folder)
-            attends = short_attention_pays(config, dtype)
-            kernels = ["packed"] * packs + ["short_attention"] * attends
-            # Gradients of all weights take too long to add.
-            kernels += ["halves"] * (is_crowded() and not trains_all)
+            kernels = faster_kernels(seconds, PRECISIONS[precision], folder, trains_all)
     if precision == "auto":
         precision = "bf16-mixed"
     return replace(args, precision=precision), replace(train, kernels=kernels)
+
+
+def faster_kernels(
+    seconds: Seconds, dtype: torch.dtype, checkpoint_dir: Path, trains_all: bool
+) -> list[str]:
+    """Return the kernels that are faster in training, by the times of `time_linears`."""
+    packed, plain = seconds.get((dtype, True), float("inf")), seconds[dtype, False]
+    # Weights that train change at each step. The others are held twice.
+    packs = plain / packed > CLEARLY and not trains_all and fits(2 * dtype.itemsize, checkpoint_dir)
+    attends = short_attention_pays(LLaMAConfig.from_checkpoint(checkpoint_dir), dtype)
+    return ["packed"] * packs + ["short_attention"] * attends
 
 
 def faster_precision(seconds: Seconds, bf16: str, fp32_bytes: int, checkpoint_dir: Path) -> str:
