@@ -16,11 +16,12 @@ from lit_llama import LLaMA, UserError, load_model
 from lit_llama.fast import decoding
 from lit_llama.fast.decoding import (
     FusedAttention,
-    PackedLinear,
+    OneTokenRMSNorm,
     StaticLLaMA,
     copy_to_cpu_async,
     optimize_for_inference,
 )
+from lit_llama.fast.packing import PackedLinear, can_pack
 from lit_llama.fast.speculation import speculate
 from lit_llama.generation import (
     Sampling,
@@ -29,6 +30,7 @@ from lit_llama.generation import (
     probabilities,
     stream,
 )
+from lit_llama.model import RMSNorm
 from lit_llama.runtime.memory import Counter
 
 CPU = torch.device("cpu")
@@ -184,15 +186,32 @@ def test_few_weights_exist_twice_while_they_are_optimized(
     assert counter.live <= weights
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
 @torch.inference_mode()
-def test_packed_layers_give_the_plain_logits(folder: Path) -> None:
-    plain, packed = (load_model(folder) for _ in range(2))
-    if not decoding._supports_packing(plain):
-        pytest.skip("this CPU has no bf16 kernels")
+def test_packed_layers_give_the_plain_logits(
+    folder: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    plain, packed = (load_model(folder, dtype=dtype) for _ in range(2))
+    if not can_pack(dtype):
+        pytest.skip("oneDNN has no such kernels here")
     optimize_for_inference(packed, CPU)
     assert type(packed.layers[0].mlp.gate_up_proj) is type(packed.lm_head) is PackedLinear
     actual, expected = logits_of(packed, PROMPTS[3]), logits_of(plain, PROMPTS[3])
-    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)  # bf16
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_the_norm_of_one_token_is_that_of_torch(dtype: torch.dtype) -> None:
+    plain, fast = RMSNorm(96, 1e-5), OneTokenRMSNorm(96, 1e-5)
+    for norm in (plain, fast):
+        norm.weight.copy_(torch.linspace(-2, 2, 96))
+        norm.to(dtype)
+    for size in (1e-4, 1, 100):
+        x = (torch.randn(1, 96, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+        tolerance = dict(atol=0.02, rtol=0.01) if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(fast(x), plain(x), **tolerance)
+        assert fast(x).dtype == dtype
 
 
 @torch.inference_mode()

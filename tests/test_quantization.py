@@ -23,6 +23,7 @@ from lit_llama.fast.quantization import (
     Int4Linear,
     Int8Linear,
     NF4Linear,
+    VNNILinear,
     quantization,
 )
 from lit_llama.generation import generate
@@ -137,9 +138,40 @@ print("complete")
 def test_every_shape_computes_with_the_dequantized_weight(
     name: str, dtype: str, tolerance: float
 ) -> None:
+    if name == "int8":
+        tolerance = 0.015  # its kernel takes bf16, whatever the model's dtype
     args = [sys.executable, "-c", GRID, name, dtype, str(tolerance)]
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "complete\n"), done.stderr[-1000:]
+
+
+@pytest.mark.skipif(not VNNILinear.pays(torch.ones(2, 1)), reason="needs VNNI and FBGEMM")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(96, 48), (257, 33), (1000, 64)])
+def test_vnni_rounds_each_token_by_its_own_size(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias = normal(*shape, seed=1, dtype=dtype), normal(shape[0], seed=2, dtype=dtype)
+    layer, plain = VNNILinear(weight, bias), Int8Linear(weight, bias)
+    torch.testing.assert_close(layer.dequantize(), plain.dequantize(), rtol=0.005, atol=0.001)
+    x = normal(9, shape[1], seed=3, dtype=dtype)
+    x[4] *= 300  # as the first token of a text is in some layers
+    expected = F.linear(x.double(), layer.dequantize().double(), bias.double())
+    with torch.inference_mode():
+        together, alone = layer(x), torch.cat([layer(row) for row in x.split(1)])
+    assert together.dtype == alone.dtype == dtype
+    for row in range(9):
+        assert relative_error(together[row], expected[row]) < 0.02
+        assert relative_error(alone[row], expected[row]) < 0.02
+    assert layer(x[None]).shape == (1, 9, shape[0])
+
+
+@pytest.mark.skipif(not VNNILinear.pays(torch.ones(2, 1)), reason="needs VNNI and FBGEMM")
+def test_int8_decoding_takes_vnni_where_it_is_faster() -> None:
+    model = LLaMA(LLaMAConfig.from_name("SmolLM2-135M"))
+    model.layers = model.layers[:1]
+    optimize_for_inference(model.bfloat16(), torch.device("cpu"), "int8")
+    layer = model.layers[0]
+    kinds = [type(x) for x in (layer.mlp.gate_up_proj, model.lm_head, layer.mlp.down_proj)]
+    assert kinds == [VNNILinear, VNNILinear, Int8Linear]
 
 
 @pytest.mark.parametrize(("name", "bytes_each"), [("int8", 1), ("int4", 0.5), ("nf4", 0.5)])
