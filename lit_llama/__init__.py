@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 __all__ = ["LLaMA", "LLaMAConfig", "Tokenizer", "UserError", "load_model"]
-__version__ = "1.7.0"
+__version__ = "1.8.0"
 
 _MODULES = dict(LLaMA="model", LLaMAConfig="config", Tokenizer="tokenizer", UserError="errors")
 _MODULES["load_model"] = "storage.model_folder"

@@ -59,7 +59,7 @@ def advice() -> Iterator[Callable]:
         return estimates[settings]
 
     def ask(free_gb: float, longest: int = 512, **flags: object) -> str:
-        run = RunArgs(Path("out"), quantize=flags.pop("quantize", None))
+        run = RunArgs(Path("out"), precision="bf16-mixed", quantize=flags.pop("quantize", None))
         return memory_advice(model, longest, run, TrainArgs(**flags), 1, free_gb * 1e9) or ""
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_a_run_with_much_free_memory_is_told_what_makes_it_faster(advice: Callab
 
 def test_memory_is_compared_on_a_gpu_only(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(4e9), int(24e9)))
-    dataset, run = Mock(), RunArgs(Path("out"))
+    dataset, run = Mock(), RunArgs(Path("out"), precision="bf16-mixed")
     dataset.train.lengths = [20, 300]
     monkeypatch.setattr(memory, "quick_estimate", lambda *settings: 16e9)
     for device, rank in (("cuda", 0), ("cuda", 1), ("cpu", 0)):
@@ -114,7 +114,8 @@ def test_gpus_that_are_left_idle(quantize: str | None, monkeypatch, capsys) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(24e9), int(24e9)))
     monkeypatch.setattr(memory, "memory_advice", lambda *args: None)
-    run, dataset = RunArgs(Path("out"), quantize=quantize), Mock()
+    run = RunArgs(Path("out"), precision="bf16-mixed", quantize=quantize)
+    dataset = Mock()
     dataset.train.lengths = [20]
     for world_size in (4, 1):
         fabric = Mock(device=GPU, is_global_zero=True, world_size=world_size)

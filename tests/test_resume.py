@@ -22,7 +22,8 @@ from lit_llama.runtime import cli
 from lit_llama.runtime.args import RunArgs, TrainArgs
 from lit_llama.storage.run_folder import Progress, checkpoints, flatten, prune
 
-RECIPE = "--precision 32-true --train.kernels [short_attention] --train.batch_size 8 --train.max_steps 200 --train.epochs 50 "
+RECIPE = "--precision 32-true --train.kernels [short_attention] "
+RECIPE += "--train.batch_size 8 --train.max_steps 200 --train.epochs 50 "
 RECIPE += "--train.learning_rate 1e-2 --train.save_interval 1 --train.eval_interval 40"
 FLAGS = f"{RECIPE} --lora.dropout 0.1".split()
 
