@@ -154,7 +154,11 @@ def test_packed_layers_compute_what_plain_ones_do(
     torch.testing.assert_close(layer.weight, weight)
     with torch.inference_mode():
         once = PackedLinear(weight, bias)(x.detach())
-    torch.testing.assert_close(once.float(), expected, **tolerance)
+        torch.testing.assert_close(once.float(), expected, **tolerance)
+        # a row stride, an offset, and the three dimensions of an adapter's prompt
+        whole = F.pad(x.detach(), (3, 5))[:, 3:-5]
+        torch.testing.assert_close(layer(whole).float(), expected, **tolerance)
+        torch.testing.assert_close(layer(whole[None]).float(), expected[None], **tolerance)
 
 
 def test_dora_keeps_plain_weights(tiny_checkpoint: Path) -> None:

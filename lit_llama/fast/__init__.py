@@ -30,8 +30,8 @@ def optimize_for_training(
     on_gpu = device.type == "cuda"
     if fast_paths:
         use_fast_paths(model)
-        chosen = ("packed", "short_attention") if kernels is None else kernels
-        model.use_kernels(chosen if device.type == "cpu" else ())
+        if device.type == "cpu":
+            model.use_kernels(("packed", "short_attention") if kernels is None else kernels)
         if on_gpu:
             model.loss_chunk, model.loss_rows = 512, 256
     set_recompute(model, recompute or ("activations" if on_gpu else "none"))

@@ -64,7 +64,7 @@ class FastLLaMA(LLaMA):
 class FastAttention(Attention):
     """RoPE that saves only its table; matmul attention for short samples on the CPU."""
 
-    is_short = False  # attend by matmuls
+    is_short = True  # attends by matmuls on the CPU
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -75,7 +75,8 @@ class FastAttention(Attention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         seqs = context.seqs
         trains = torch.is_grad_enabled() and context.kv_cache is None
-        if not (trains and self.is_short and seqs.max_length <= MAX_SAMPLE_TOKENS):
+        on_cpu = query.device.type == "cpu" and self.is_short
+        if not (trains and on_cpu and seqs.max_length <= MAX_SAMPLE_TOKENS):
             return super().attend(query, key, value, context)
         if not hasattr(seqs, "buckets"):  # the same for all layers
             seqs.buckets = LengthBuckets(seqs.lengths)
