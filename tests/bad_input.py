@@ -130,6 +130,7 @@ def assert_refused(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     printed = capsys.readouterr().err.splitlines()
+    printed = [line for line in printed if not line.startswith("precision ")]  # what was chosen
     lines = [line for line in printed if not line.startswith(("tokenizing", "converting"))]
     assert len(lines) == 1, lines
     assert re.search(message, lines[0].removeprefix("error: ")), lines[0]

@@ -182,7 +182,8 @@ class Matmuls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in ("mm", "addmm", "linear", "_weight_int8pack_mm"):
+        matmuls = ("mm", "addmm", "linear", "_linear_pointwise", "linear_dynamic")
+        if function.overloadpacket.__name__ in matmuls:
             self.dtypes.add(result.dtype)
         return result
 

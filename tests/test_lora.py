@@ -360,6 +360,7 @@ def test_a_run_continues_a_lora(
     """Also on two processes, and resumed on another number of them."""
     common = f"--checkpoint_dir {tiny_checkpoint} --data_dir {tiny_data} --train.batch_size 16"
     common += " --train.warmup_steps 0 --train.learning_rate 1e-2 --lora.dropout 0"
+    common += " --precision bf16-mixed --train.kernels [short_attention]"
 
     def train(out: str, flags: str, status: int = 0) -> str:
         command = f"{python} {ROOT}/finetune/lora.py {common} --out_dir {tmp_path / out} {flags}"

@@ -62,7 +62,7 @@ def test_a_recipe_is_what_its_comment_says(recipe: Path, monkeypatch) -> None:
     assert run["train"].micro_batch_tokens == estimated["micro_batch_tokens"]
     assert run["train"].recompute == estimated["recompute"]
     for name in ("devices", "precision", "quantize"):
-        assert run[name] == estimated[name]
+        assert run[name] in (estimated[name], "auto")
     for name in keys(recipe):  # only what differs from the defaults
         group, _, leaf = name.rpartition(".")
         values = [getattr(each[group], leaf) if group else each[name] for each in (run, default)]

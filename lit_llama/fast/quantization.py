@@ -87,6 +87,8 @@ class Int8Linear(QuantizedLinear):
         fits = self.in_features % 16 == 0 and x.is_contiguous() and aligned
         few = x.dim() == 2 and len(x) <= self.KERNEL_ROWS
         if fits and few and x.device.type == "cpu":
+            if self.dtype == torch.bfloat16 or torch.compiler.is_compiling():
+                return torch._weight_int8pack_mm(x, self.int8, self.scale)
             # Of fp32 inputs, the kernel is slower than a matmul without quantization.
             x, scale = x.bfloat16(), self.scale.bfloat16()
             return torch._weight_int8pack_mm(x, self.int8, scale).to(self.dtype)

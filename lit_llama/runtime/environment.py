@@ -33,10 +33,11 @@ START = time.perf_counter(), busy_seconds(), time.process_time()
 
 def is_crowded() -> bool:
     """Tell whether other processes have used cores that this one needs, since it began."""
-    started, busy, own = START
-    if busy is None or not hasattr(os, "sched_getaffinity"):
+    started, before, own = START
+    now = busy_seconds()
+    if before is None or now is None or not hasattr(os, "sched_getaffinity"):
         return False
-    others = busy_seconds() - busy - (time.process_time() - own)
+    others = now - before - (time.process_time() - own)
     ours, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     return others / (time.perf_counter() - started) > cores - ours + 0.5
 

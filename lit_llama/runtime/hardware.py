@@ -138,9 +138,9 @@ def fits(bytes_per_parameter: int, checkpoint_dir: Path) -> bool:
 def time_linears(config: LLaMAConfig, tokens: int, train: bool = False) -> Seconds:
     """Time a projection of the MLP for this number of tokens, forward and in training backward.
 
-    Large ones are cut: a pass should take some milliseconds.
+    Large ones are cut, and tiny ones enlarged: a pass should take about a millisecond.
     """
-    hidden, inner = config.hidden_size, min(config.intermediate_size, 2048)
+    hidden, inner = max(config.hidden_size, 512), min(max(config.intermediate_size, 512), 2048)
     if tokens > 1:
         tokens = max(32, min(tokens, 2**28 // (hidden * inner)))
     # For one token, reading the weights takes the time: from memory, as in a whole model.

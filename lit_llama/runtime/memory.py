@@ -244,7 +244,9 @@ class Counter(TorchDispatchMode):
 
     @staticmethod
     def tensors(values: Any) -> list[Tensor]:
-        return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        # packed weights of the CPU have no storage that can be looked at
+        found = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+        return [tensor for tensor in found if not tensor.is_mkldnn]
 
     def note(self, storage: torch.UntypedStorage) -> None:
         if storage not in self.known:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,11 +36,15 @@ def load_model(
     return model.eval()
 
 
+def without_random_numbers() -> AbstractContextManager:
+    """Leave new embeddings as they are. Random numbers on meta import torch._dynamo, in 0.5 s."""
+    return patch.object(nn.Embedding, "reset_parameters")
+
+
 def empty_model(checkpoint_dir: str | Path, dtype: torch.dtype) -> LLaMA:
     """Create the frozen model of a folder on the meta device (shapes only)."""
     config = model_config(checkpoint_dir)
-    # Random numbers on meta have no effect but that they import torch._dynamo, for half a second.
-    with torch.device("meta"), patch.object(nn.Embedding, "reset_parameters"):
+    with torch.device("meta"), without_random_numbers():
         return LLaMA(config).to(dtype).requires_grad_(False)
 
 
@@ -71,7 +76,9 @@ def load_weights(
         packed: Else replace them by packed ones (CPU).
     """
     folder = Path(checkpoint_dir)
-    stored, parameters = stored_names(folder), base_parameters(model)
+    stored = stored_names(folder)
+    with without_random_numbers():  # of a second model, for its names
+        parameters = base_parameters(model)
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:
         # some folders store a tied head twice, or under this name only
         stored.setdefault("embed_tokens.weight", stored.pop("lm_head.weight"))
