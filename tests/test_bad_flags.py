@@ -40,7 +40,7 @@ VALUES = [
     (BASE, "temperature", "-1", "FLOAT >=0"),
     (BASE, "top_p", "2", "FLOAT >0 and <=1"),
     (BASE, "quantize", "nf4", "int8|int4"),
-    (BASE, "precision", "bf16-mixed", "bf16-true|32-true"),
+    (BASE, "precision", "bf16-mixed", "auto|bf16-true|32-true"),
     (FINETUNE, "seed", ".nan", "INT"),
     (FINETUNE, "devices", "0", "INT >0"),
     (FINETUNE, "quantize", "int8", "nf4|fp8"),
