@@ -264,13 +264,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, seqs: PackedSequ
     """
     groups = query.size(1) // key.size(1)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+        from torch.nn.attention import varlen
 
-        # One FlashAttention kernel for all sequences, causal by its window.
+        # One FlashAttention kernel for all sequences, causal by its window. Slow to import.
         ends = (seqs.cu_seqlens, seqs.cu_seqlens)
-        longest = (seqs.max_length, seqs.max_length)
+        sizes = (seqs.max_length, seqs.max_length)
         options = dict(window_size=(-1, 0), **GQA)
-        return varlen_attn(query, key, value, *ends, *longest, **options)
+        return varlen.varlen_attn(query, key, value, *ends, *sizes, **options)
 
     # Elsewhere, one call for each sequence, or a single one if all lengths are equal.
     lengths, count = seqs.lengths, 1
