@@ -194,7 +194,7 @@ def test_finetuning_computes_in_its_precision(
     name: str, precision: str, tiny_data: Path, tiny_checkpoint: Path
 ) -> None:
     finetune = load_script("benchmarks/finetune.py")
-    with Matmuls() as matmuls:  # which does not see other threads: one sample has none
+    with Matmuls() as matmuls:
         finetune.measure(f"{name}, {precision}", tiny_checkpoint, tiny_data, 4, 1)
     assert matmuls.dtypes == {common.PRECISIONS[precision]}
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+import lit_llama.runtime.environment  # noqa: F401, sets variables that oneDNN reads at first use
 from lit_llama.config import LLaMAConfig
 from lit_llama.errors import UsageError
 from lit_llama.fast.packing import FrozenPackedLinear, PackedLinear, can_pack
