@@ -74,7 +74,7 @@ def busy_process() -> Iterator[None]:
     try:
         yield
     finally:
-        process.kill()
+        process.terminate()  # a signal that a launcher of Python passes on
         process.wait()
 
 
