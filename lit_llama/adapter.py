@@ -3,10 +3,10 @@
 # Version 1 gives the upper layers a few learned prompt vectors to attend to, behind a gate that
 # starts closed. Version 2 also learns a scale and a bias for each linear layer, and the norms.
 
+import math
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.args import AdapterConfig
@@ -46,16 +46,16 @@ class AdapterAttention(nn.Module):
     def attend_to_prompt(self, query: Tensor) -> Tensor:
         """Return the gated attention to the prompt, shaped as query (tokens, heads, head_dim)."""
         prompt = self.prompt.to(query.dtype)[None]  # (1, length, hidden)
-        key, value = self.base.k_proj(prompt), self.base.v_proj(prompt)
-        # (1, length, heads * head_dim) -> (1, heads, length, head_dim)
+        # (1, length, heads * head_dim) -> (heads, length, head_dim)
         key, value = (
-            x.unflatten(-1, (-1, self.base.head_dim)).transpose(1, 2).to(query.dtype)
-            for x in (key, value)
+            proj(prompt)[0].unflatten(-1, (-1, self.base.head_dim)).transpose(0, 1)
+            for proj in (self.base.k_proj, self.base.v_proj)
         )
-        query = query.transpose(0, 1)[None]  # (1, heads, tokens, head_dim)
-        grouped = query.size(1) != key.size(1)
-        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
-        return self.gate.to(query.dtype)[:, None] * attended[0].transpose(0, 1)
+        groups = query.size(1) // key.size(0)
+        key, value = (x.to(query.dtype).repeat_interleave(groups, dim=0) for x in (key, value))
+        scores = query.transpose(0, 1) @ key.mT / math.sqrt(self.base.head_dim)
+        attended = scores.softmax(dim=-1) @ value  # (heads, tokens, head_dim)
+        return self.gate.to(query.dtype)[:, None] * attended.transpose(0, 1)
 
 
 class AdapterV2Linear(nn.Module):

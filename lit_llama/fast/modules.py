@@ -5,7 +5,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from lit_llama.adapter import AdapterAttention
 from lit_llama.dropout import token_mask
 from lit_llama.fast import functions
 from lit_llama.fast.packing import can_pack
@@ -118,18 +117,10 @@ class FastLoRALinear(LoRALinear):
         return recompute(super().update, x)
 
 
-class FastAdapterAttention(AdapterAttention):
-    """Attention to the prompt that is computed again instead of saved."""
-
-    def attend_to_prompt(self, query: Tensor) -> Tensor:
-        return recompute(super().attend_to_prompt, query)
-
-
 FAST = {
     LLaMA: FastLLaMA,
     Attention: FastAttention,
     MLP: FastMLP,
     RMSNorm: FastRMSNorm,
     LoRALinear: FastLoRALinear,
-    AdapterAttention: FastAdapterAttention,
 }
