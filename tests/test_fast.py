@@ -64,6 +64,15 @@ def test_cross_entropy(chunk: int, trains_head: bool) -> None:
     assert not torch.autograd.grad(empty, hidden)[0].any()
 
 
+def test_loss_of_a_label_whose_probability_rounds_to_zero() -> None:
+    hidden, weight = frozen(4, 8, seed=1), frozen(11, 8, seed=2)
+    logits = F.linear(hidden, weight * 100)
+    labels = logits.argmin(-1)
+    assert not logits.softmax(-1).gather(1, labels[:, None]).any()
+    fast = CrossEntropyFunction.apply(hidden, weight * 100, labels, 4, 3)
+    torch.testing.assert_close(fast, F.cross_entropy(logits, labels, reduction="sum"))
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("lengths", [[1], [5, 33, 2, 64], [300, 70, 40, 290], [257]], ids=str)
 def test_short_attention(kv_heads: int, lengths: list[int]) -> None:

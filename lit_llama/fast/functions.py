@@ -39,11 +39,15 @@ class CrossEntropyFunction(torch.autograd.Function):
         for index, (x, y) in enumerate(chunks):
             logits = F.linear(x, weight)
             for some_logits, some_labels in zip(logits.split(rows), y.split(rows), strict=True):
-                log_probs = some_logits.float().log_softmax(-1)
-                loss -= log_probs.gather(1, some_labels).sum()
+                wide = some_logits.float()
+                probs = wide.softmax(-1)
+                # log p = logit - top logit + log(top p), as p of the label may round to zero.
+                top_logit, top_prob = wide.amax(1, keepdim=True), probs.amax(1, keepdim=True)
+                loss -= (wide.gather(1, some_labels) - top_logit + top_prob.log()).sum()
+                del wide
                 # d loss / d logits = softmax(logits) - one_hot(labels), in place of the logits
                 minus_one = torch.full_like(some_labels, -1, dtype=torch.float32)
-                some_logits.copy_(log_probs.exp_().scatter_add_(1, some_labels, minus_one))
+                some_logits.copy_(probs.scatter_add_(1, some_labels, minus_one))
             if needs_hidden:
                 grad_hidden[index * chunk : (index + 1) * chunk] = logits @ weight
             if needs_weight:

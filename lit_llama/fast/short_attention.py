@@ -106,9 +106,9 @@ class ShortAttentionFunction(torch.autograd.Function):
                 probs = attention_probabilities(q, k)
             torch.bmm(probs.mT, grad_out, out=grad_v)
             grad_scores = torch._softmax_backward_data(grad_out @ v.mT, probs, -1, probs.dtype)
-            grad_scores.mul_(1 / math.sqrt(q.size(-1)))
-            torch.bmm(grad_scores, k, out=grad_q)
-            torch.bmm(grad_scores.mT, q, out=grad_k)
+            scaled = dict(beta=0, alpha=1 / math.sqrt(q.size(-1)))
+            torch.baddbmm(grad_q, grad_scores, k, **scaled, out=grad_q)
+            torch.baddbmm(grad_k, grad_scores.mT, q, **scaled, out=grad_k)
         return *map(buckets.scatter, grads, (query.shape, key.shape, value.shape)), None
 
 
