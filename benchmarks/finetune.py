@@ -30,6 +30,7 @@ from lit_llama.runtime.args import TrainArgs
 from lit_llama.runtime.cli import run
 from lit_llama.runtime.devices import setup_fabric, setup_model
 from lit_llama.runtime.hardware import (
+    PRECISION_NAMES,
     default_device,
     faster_kernels,
     peak_memory_bytes,
@@ -173,7 +174,7 @@ def ours(method: str) -> Callable[[Job], Step]:
 
     def start(job: Job) -> Step:
         # in bf16 with bf16 weights, as the peers have
-        full = FullConfig("32-true" if job.dtype == torch.float32 else "bf16-true")
+        full = FullConfig(PRECISION_NAMES[job.dtype])
         model = empty_model(job.checkpoint_dir, job.dtype)
         METHODS[method].apply(model, full if method == "full" else METHODS[method].config())
         kernels = None

@@ -75,6 +75,7 @@ def test_the_kernels_that_pay_are_used(tiny_checkpoint: Path, monkeypatch) -> No
     fake(monkeypatch, bf16=1, fp32=2, packed=0.8, attends=False)
     assert choose(tiny_checkpoint)[1] == ["packed"]
     assert choose(tiny_checkpoint, trains_all=True)[1] == []
+    assert choose(tiny_checkpoint, fast_paths=False)[1] == []  # which they are part of
     fake(monkeypatch, bf16=1, fp32=2, packed=0.95)
     assert choose(tiny_checkpoint)[1] == ["short_attention"]
     assert choose(tiny_checkpoint, kernels=[])[1] == []

@@ -86,7 +86,8 @@ def choose_for_training(
     On one CPU both are measured, and a line on stderr names the precision. Elsewhere the precision
     is bf16-mixed, and the kernels have no effect.
     """
-    precision, kernels, folder = args.precision, train.kernels, args.checkpoint_dir
+    precision, folder = args.precision, args.checkpoint_dir
+    kernels = train.kernels if train.fast_paths else []
     one_cpu = default_device().type == "cpu" and args.devices * args.num_nodes == 1
     if one_cpu and (precision == "auto" or kernels is None):
         seconds = time_linears(LLaMAConfig.from_checkpoint(folder), tokens=256, train=True)
@@ -116,10 +117,8 @@ def faster_precision(seconds: Seconds, bf16: str, fp32_bytes: int, checkpoint_di
 
     `fp32_bytes` are those per parameter.
     """
-    best = {dtype: seconds[dtype, False] for dtype in (BF16, FP32)}
-    for (dtype, _), shortest in seconds.items():
-        best[dtype] = min(best[dtype], shortest)
-    ratio = best[BF16] / best[FP32]  # how many times as fast fp32 is
+    best = [min(s for (kind, _), s in seconds.items() if kind == dtype) for dtype in (BF16, FP32)]
+    ratio = best[0] / best[1]  # how many times as fast fp32 is
     if ratio < CLEARLY:
         chosen, reason = bf16, f"{1 / ratio:.1f} times as fast as 32-true on this CPU"
     elif fits(fp32_bytes, checkpoint_dir):
