@@ -46,6 +46,7 @@ SHORT = {  # script -> flags that come last, and so win
     "evaluate/compare.py": "--max_samples 2 --max_new_tokens 4",
     "benchmarks/generate.py": "--rounds 1 --new_tokens 4 --contenders ['lit-llama bf16']",
     "benchmarks/flags.py": "--source alpaca_240.json --steps 2 --batch_size 4 --runs [lora]",
+    "benchmarks/count.py": "--models [7B] --recompute [activations]",
     "benchmarks/busy.py": "--rounds 1 --steps 4 --contenders 'lit-llama LoRA, bf16'",
     "benchmarks/rank.py": "--ranks [1,2] --val_size 4",
     "benchmarks/many_loras.py": "--rounds 1",
