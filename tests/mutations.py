@@ -208,8 +208,8 @@ MUTATIONS = [
     Mutation(
         "the gradient of short attention without the root",
         "fast/short_attention.py",
-        "grad_scores.mul_(1 / math.sqrt(q.size(-1)))",
-        "grad_scores.mul_(1 / q.size(-1))",
+        "alpha=1 / math.sqrt(q.size(-1))",
+        "alpha=1 / q.size(-1)",
         "test_fast.py::test_short_attention",
     ),
     Mutation(
