@@ -117,8 +117,8 @@ def faster_precision(seconds: Seconds, bf16: str, fp32_bytes: int, checkpoint_di
 
     `fp32_bytes` are those per parameter.
     """
-    best = [min(s for (kind, _), s in seconds.items() if kind == dtype) for dtype in (BF16, FP32)]
-    ratio = best[0] / best[1]  # how many times as fast fp32 is
+    best = {d: min(s for (kind, _), s in seconds.items() if kind == d) for d in (BF16, FP32)}
+    ratio = best[BF16] / best[FP32]  # how many times as fast fp32 is
     if ratio < CLEARLY:
         chosen, reason = bf16, f"{1 / ratio:.1f} times as fast as 32-true on this CPU"
     elif fits(fp32_bytes, checkpoint_dir):
